@@ -1,0 +1,225 @@
+"""Checks before a run: everything that can be known to fail is said before the first step.
+
+The functions raise ``ValueError``; :mod:`medmim.commands` holds the forms that stand in a bundle's ``run``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.transforms import LoadImage
+from monai.utils import ensure_tuple_rep
+from tqdm import tqdm
+
+from medmim.datalists import Datalist, Item, find_items, load_datalist
+from medmim.datasets import Preset, get_preset
+from medmim.description import read_description, read_preset
+from medmim.networks.patches import grid_size
+from medmim.transforms import ScanError, hidden_count
+from medmim.transforms.scans import check_image, check_label
+
+logger = logging.getLogger(__name__)
+
+
+def check_data(
+    dataset: str,
+    dataset_dir: str,
+    output_dirs: Sequence[str],
+    datalist: str | None = None,
+    labelled: bool = True,
+    fold: int = 0,
+    folds: int = 5,
+    label_fraction: float = 1.0,
+) -> None:
+    """Check preset, output folders and list of scans of a training run.
+
+    Args:
+        dataset: see :func:`medmim.datasets.get_preset`.
+        dataset_dir, datalist, labelled, fold, folds, label_fraction: see :func:`medmim.datalists.load_datalist`.
+        output_dirs: folders that must be writable; they are made.
+
+    Raises:
+        ValueError: one line with the first fault.
+    """
+    preset = get_preset(dataset)
+    if labelled and not preset.labels:
+        raise ValueError(f"--dataset {dataset}: the preset names no labels, so it cannot be used for segmentation")
+    for folder in output_dirs:
+        check_writable(folder)
+    split = load_datalist(dataset_dir, datalist, labelled, fold, folds, label_fraction)
+    logger.info(
+        f"{preset.name}: {len(split.training)} scans for training, {len(split.validation)} for validation "
+        f"(fold {fold} of {folds}) from {dataset_dir}"
+    )
+
+
+def check_inference(models_dir: str, dataset_dir: str, output_dir: str, read_scans: bool = True) -> None:
+    """Check model, output folder and scans of a prediction run.
+
+    Args:
+        models_dir: folder with ``model.pt`` and ``model.json``.
+        dataset_dir: folder with NIfTI files.
+        output_dir: folder that must be writable; it is made.
+        read_scans: whether to read each scan.
+
+    Raises:
+        ValueError: one line for each fault.
+    """
+    preset = read_preset(read_description(Path(models_dir) / "model.json"))
+    check_writable(output_dir)
+    items = find_items(dataset_dir)
+    logger.info(f"{len(items)} scans from {dataset_dir}")
+    if read_scans:
+        check_scans(items, preset)
+
+
+def check_same_dataset(dataset: Any, description: dict[str, Any]) -> None:
+    """Refuse a ``--dataset`` that is not the one a model was trained on; a model knows its own preset.
+
+    Args:
+        dataset: name given on the command line; anything but a string passes.
+        description: of the model.
+
+    Raises:
+        ValueError: naming both.
+    """
+    trained_on = description["preset"]["name"]
+    if isinstance(dataset, str) and Path(dataset).stem != trained_on:
+        raise ValueError(f"--dataset {dataset}: the model was trained on {trained_on}: leave --dataset away")
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make a folder and write into it.
+
+    Raises:
+        ValueError: when that fails.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"folder {folder} is not writable ({reason}): choose another (--output_dir)") from error
+
+
+def check_scans(
+    items: Sequence[Item] | Datalist,
+    preset: Preset,
+    remember: str | Path | None = None,
+    roi_size: Sequence[int] | None = None,
+) -> None:
+    """Read every scan and its label once; all faulty scans are reported together.
+
+    Args:
+        items: scans, or a split of them.
+        preset: what they must be like.
+        remember: file in which the scans found good are remembered (path, size and time of each), so that the next
+            run need not read them again.
+        roi_size: voxels of the network's input, to count the scans that must be padded.
+
+    Raises:
+        ScanError: one line for each faulty scan.
+    """
+    if isinstance(items, Datalist):
+        items = items.training + items.validation
+    remember = None if remember is None else Path(remember)
+    known = json.loads(remember.read_text()) if remember is not None and remember.is_file() else {}
+    rules = f"{list(preset.channels)} {preset.label_values}"
+    faults, small = [], []
+    bar = tqdm(items, desc="checking scans", disable=None, leave=False)
+    for item in bar:
+        key = json.dumps([item["image"], item.get("label")])
+        state = [rules, *_file_state(item)]
+        if known.get(key, {}).get("state") != state:
+            try:
+                shape, spacing = _check_scan(item, preset)
+            except ScanError as error:
+                faults.append(str(error))
+                continue
+            known[key] = {"state": state, "shape": shape, "spacing": spacing}
+        if roi_size is not None:
+            size = _resampled_size(known[key]["shape"], known[key]["spacing"], preset)
+            if any(n < roi for n, roi in zip(size, roi_size, strict=True)):
+                small.append((item["image"], size))
+    if faults:
+        raise ScanError("\n".join([*faults, f"{len(faults)} of {len(items)} scans cannot be used"]))
+    if remember is not None:
+        remember.write_text(json.dumps(known))
+    if small and roi_size is not None:
+        name, size = small[0]
+        logger.warning(
+            f"{len(small)} of {len(items)} scans are smaller than roi_size {tuple(roi_size)} and will be padded, "
+            f"for example {name}: about {size} voxels"
+        )
+
+
+def check_sizes(
+    roi_size: Sequence[int],
+    patch_size: Sequence[int] | int,
+    mask_unit: Sequence[int] | int | None = None,
+    mask_ratio: float = 0.0,
+) -> None:
+    """Check that the region of interest divides into patches and mask units, and some would stay visible.
+
+    Raises:
+        ValueError: naming the knobs and the numbers.
+    """
+    for knob, size in (("patch_size", patch_size), ("mask_unit", mask_unit)):
+        if size is None:
+            continue
+        sizes = (size,) * len(roi_size) if isinstance(size, int) else tuple(size)
+        try:
+            grid_size(roi_size, sizes)
+        except ValueError:
+            raise ValueError(
+                f"--roi_size {list(roi_size)} is not divisible by --{knob} {size}: change one, so that each axis divides"
+            ) from None
+    patch = ensure_tuple_rep(patch_size, len(roi_size))
+    unit = patch if mask_unit is None else ensure_tuple_rep(mask_unit, len(roi_size))
+    if any(u % p for u, p in zip(unit, patch, strict=True)):
+        raise ValueError(f"--mask_unit {mask_unit} is not a multiple of --patch_size {patch_size}")
+    hidden_count(mask_ratio, prod(grid_size(roi_size, unit)))
+
+
+def _check_scan(item: Item, preset: Preset) -> tuple[list[int], list[float]]:
+    """Check one scan; returns its size in voxels and its spacing in mm, in the file's axes."""
+    name = item["image"] if isinstance(item["image"], str) else item["image"][0]
+    image = _load(item["image"])
+    check_image(image, name, len(preset.channels))
+    if "label" in item:
+        check_label(_load(item["label"]), image, item["label"], preset.label_values)
+    pixdim = getattr(image, "pixdim", torch.ones(image.ndim - 1))
+    return list(image.shape[1:]), [float(p) for p in pixdim]
+
+
+def _load(path: Any) -> torch.Tensor:
+    try:
+        return LoadImage(image_only=True, ensure_channel_first=True)(path)
+    except Exception as error:  # readers raise anything from EOFError to zlib.error
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(f"{type(cause).__name__} {cause}".split())[:200]
+        raise ScanError(f"{path}: not readable ({reason}): replace or remove the file") from error
+
+
+def _file_state(item: Item) -> list[int]:
+    paths = [item["image"]] if isinstance(item["image"], str) else list(item["image"])
+    stats = [os.stat(path) for path in [*paths, *([item["label"]] if "label" in item else [])]]
+    return [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)]
+
+
+def _resampled_size(shape: Sequence[int], spacing: Sequence[float], preset: Preset) -> tuple[int, ...]:
+    """About how many voxels a scan has at the preset's spacing (axes as in the file)."""
+    target = preset.spacing or spacing
+    return tuple(int(np.ceil(n * s / t)) for n, s, t in zip(shape, spacing, target, strict=True))

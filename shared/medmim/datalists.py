@@ -1,0 +1,185 @@
+"""Lists of scans: from a Decathlon ``dataset.json``, a folder of NIfTI files, or a CSV; and their splits."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+SCAN_SUFFIXES = (".nii.gz", ".nii")
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Datalist:
+    """Scans for training and validation, each ``{"image": path}`` or ``{"image": path, "label": path}``."""
+
+    training: list[Item]
+    validation: list[Item]
+
+
+def find_scans(folder: str | Path) -> list[Path]:
+    """NIfTI files below a folder, sorted; hidden files (also macOS's ``._`` companions) are left out.
+
+    Raises:
+        ValueError: when the folder is missing or holds none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"--dataset_dir {folder}: no such folder")
+    scans = sorted(
+        path for path in folder.rglob("*") if path.name.endswith(SCAN_SUFFIXES) and not path.name.startswith(".")
+    )
+    if not scans:
+        raise ValueError(f"--dataset_dir {folder}: no NIfTI file (.nii, .nii.gz) in it or below")
+    return scans
+
+
+def find_items(folder: str | Path) -> list[Item]:
+    """Every scan below a folder as ``{"image": path}``; see :func:`find_scans`."""
+    return [{"image": str(path)} for path in find_scans(folder)]
+
+
+def load_datalist(
+    dataset_dir: str | Path,
+    datalist: str | Path | None = None,
+    labelled: bool = True,
+    fold: int = 0,
+    folds: int = 5,
+    label_fraction: float = 1.0,
+    split_seed: int = 0,
+) -> Datalist:
+    """Scans of a data set, split into training and validation.
+
+    The list comes from ``datalist`` if given, else from ``dataset_dir/dataset.json``, else from the folder itself:
+    ``imagesTr`` with labels of the same names in ``labelsTr``, or any NIfTI file below when no labels are asked for.
+    A list that names its own ``validation`` scans, or a ``fold`` for each scan, is split as it says; any other is
+    shuffled with ``split_seed`` and dealt into ``folds`` parts, of which part ``fold`` is for validation. Splits
+    depend on the names of the files only.
+
+    Args:
+        dataset_dir: folder that paths are relative to.
+        datalist: Decathlon ``.json``, or ``.csv`` with the columns ``image`` and, for labels, ``label``.
+        labelled: whether each scan needs a label; without, labels are neither read nor looked for.
+        fold: which part is for validation, counted from 0.
+        folds: number of parts.
+        label_fraction: share of the training scans to keep, rounded up; smaller shares are subsets of larger ones.
+        split_seed: seed of the shuffle.
+
+    Raises:
+        ValueError: one line that names the file or knob.
+    """
+    if not 0 < label_fraction <= 1:
+        raise ValueError(f"--label_fraction {label_fraction}: must lie in (0, 1]")
+    if folds < 2 or not 0 <= fold < folds:
+        raise ValueError(f"--fold {fold} of --folds {folds}: fold must lie in 0 … folds - 1, and folds be 2 or more")
+    root = Path(dataset_dir)
+    if not root.is_dir():
+        raise ValueError(f"--dataset_dir {root}: no such folder")
+    items, validation = _read(root, Path(datalist) if datalist else None, labelled)
+    if not labelled:
+        items = [{key: value for key, value in item.items() if key != "label"} for item in items]
+        validation = [{key: value for key, value in item.items() if key != "label"} for item in validation]
+    _check_files(items + validation, labelled)
+    if not items:
+        raise ValueError(f"--dataset_dir {root}: the list of training scans is empty")
+
+    order = np.random.RandomState(split_seed).permutation(len(items))
+    shuffled = [items[i] for i in order]
+    if not validation:
+        if all("fold" in item for item in items):
+            part_of = [int(item["fold"]) for item in shuffled]
+        else:
+            part_of = [i % folds for i in range(len(shuffled))]
+        validation = [item for item, part in zip(shuffled, part_of, strict=True) if part == fold]
+        shuffled = [item for item, part in zip(shuffled, part_of, strict=True) if part != fold]
+    if not shuffled or not validation:
+        raise ValueError(
+            f"--dataset_dir {root}: {len(items)} scans leave {len(shuffled)} for training and {len(validation)} for "
+            f"validation with --fold {fold} of --folds {folds}: add scans or lower folds"
+        )
+    keep = int(np.ceil(label_fraction * len(shuffled) - 1e-9))
+    return Datalist(training=shuffled[:keep], validation=sorted(validation, key=lambda item: str(item["image"])))
+
+
+def _read(root: Path, datalist: Path | None, labelled: bool) -> tuple[list[Item], list[Item]]:
+    """Items for training (to be split) and for validation (when the list names them)."""
+    if datalist is not None:
+        if not datalist.is_file():
+            raise ValueError(f"--datalist {datalist}: no such file")
+        if datalist.suffix == ".csv":
+            return _read_csv(datalist, root, labelled), []
+        return _read_decathlon(datalist, root, labelled)
+    if (root / "dataset.json").is_file():
+        return _read_decathlon(root / "dataset.json", root, labelled)
+    if (root / "imagesTr").is_dir() and (root / "labelsTr").is_dir():
+        return _read_pairs(root), []
+    if labelled:
+        raise ValueError(
+            f"--dataset_dir {root}: no dataset.json, and no imagesTr with labelsTr: labels cannot be found; "
+            "give a --datalist .json or .csv"
+        )
+    return find_items(root), []
+
+
+def _read_decathlon(path: Path, root: Path, labelled: bool) -> tuple[list[Item], list[Item]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        training = content["training"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected a Decathlon list with the key 'training' ({error!r})") from error
+    lists = []
+    for key, entries in (("training", training), ("validation", content.get("validation", []))):
+        items = []
+        for index, entry in enumerate(entries):
+            entry = {"image": entry} if isinstance(entry, str) else dict(entry)
+            if "image" not in entry or (labelled and "label" not in entry):
+                missing = "image" if "image" not in entry else "label"
+                raise ValueError(f"{path}: entry {index} of '{key}' has no '{missing}': {entry}")
+            items.append(_absolute(entry, root))
+        lists.append(items)
+    return lists[0], lists[1]
+
+
+def _read_csv(path: Path, root: Path, labelled: bool) -> list[Item]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    for column in ["image", "label"] if labelled else ["image"]:
+        for number, row in enumerate(rows, start=2):
+            if not row.get(column):
+                raise ValueError(f"{path}: line {number} has no value in column '{column}'")
+    return [_absolute({key: row[key] for key in ("image", "label", "fold") if row.get(key)}, root) for row in rows]
+
+
+def _read_pairs(root: Path) -> list[Item]:
+    images = find_scans(root / "imagesTr")
+    return [{"image": str(image), "label": str(root / "labelsTr" / image.name)} for image in images]
+
+
+def _absolute(item: Item, root: Path) -> Item:
+    """Paths of ``image`` and ``label`` made absolute; an image may be a list of files, one for each channel."""
+
+    def resolve(value: str | Sequence[str]) -> str | list[str]:
+        return str(root / value) if isinstance(value, str) else [str(root / part) for part in value]
+
+    return {key: resolve(value) if key in ("image", "label") else value for key, value in item.items()}
+
+
+def _check_files(items: list[Item], labelled: bool) -> None:
+    missing = []
+    for item in items:
+        images = [item["image"]] if isinstance(item["image"], str) else item["image"]
+        missing += [f"{path}: no such file" for path in images if not Path(path).is_file()]
+        if labelled and not Path(item["label"]).is_file():
+            missing.append(f"{images[0]}: its label {item['label']} does not exist")
+    if missing:
+        more = f" (and {len(missing) - 5} more)" if len(missing) > 5 else ""
+        raise ValueError("; ".join(missing[:5]) + more)

@@ -1,0 +1,152 @@
+"""Presets: what a data set's scans are like, and how they are prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from monai.transforms import MapTransform, NormalizeIntensityd, ScaleIntensityRanged
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How scans of one data set are prepared; the fields are explained in ``presets.yaml``."""
+
+    name: str
+    description: str
+    modality: str
+    channels: tuple[str, ...]
+    spacing: tuple[float, ...] | None
+    window: tuple[float, float] | None
+    z_score: str | None
+    crop_foreground: bool
+    roi_size: tuple[int, ...]
+    patch_size: int
+    augmentation: dict[str, float]
+    crop_ratio: tuple[int, int]
+    labels: dict[int, str]
+    surface_tolerance: float
+    license: str
+    citation: str
+    source: str
+
+    @classmethod
+    def from_dict(cls, name: str, values: Mapping[str, Any]) -> Preset:
+        """Build and check a preset.
+
+        Raises:
+            ValueError: one line that lists every fault.
+        """
+        known = {f.name for f in fields(cls)} - {"name"}
+        optional = {"description": "", "modality": "", "license": "unknown", "citation": "", "source": ""}
+        body = {**optional, "crop_foreground": False, "labels": {}, "surface_tolerance": 1.0} | dict(values)
+        body = {"spacing": None, "window": None, "z_score": None, "crop_ratio": (1, 1)} | body
+        body = {"augmentation": {"flip": 0.0, "rotate": 0.1, "intensity": 0.1}} | body
+        faults = [f"unknown field {key!r}{_suggest(key, known)}" for key in body.keys() - known]
+        faults += [f"field {key!r} is missing" for key in sorted(known - body.keys())]
+        if not faults:
+            faults = _faults(body)
+        if faults:
+            raise ValueError(f"preset {name}: {'; '.join(sorted(faults))}")
+        for key in ("channels", "roi_size", "spacing", "window", "crop_ratio"):
+            body[key] = None if body[key] is None else tuple(body[key])
+        body["labels"] = {int(value): str(label) for value, label in body["labels"].items()}
+        return cls(name=name, **body)
+
+    @property
+    def label_values(self) -> list[int]:
+        """Values that a label map may hold, background included."""
+        return [0, *sorted(self.labels)]
+
+    @property
+    def n_classes(self) -> int:
+        """Output channels of a segmentation network, background included."""
+        return max(self.label_values) + 1
+
+    @property
+    def pixdim(self) -> tuple[float, ...]:
+        """Target spacing for ``Spacingd``, where a negative number keeps the scan's own."""
+        return self.spacing or (-1.0,) * len(self.roi_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in a description file."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+def _faults(body: Mapping[str, Any]) -> list[str]:
+    dims = len(body["roi_size"]) if isinstance(body["roi_size"], list | tuple) else 0
+    faults = []
+    if dims not in (2, 3) or any(not isinstance(n, int) or n < 1 for n in body["roi_size"]):
+        faults.append(f"roi_size must be 2 or 3 positive integers, found {body['roi_size']!r}")
+    if body["spacing"] is not None and (
+        len(body["spacing"]) != dims or any(not isinstance(s, int | float) or s <= 0 for s in body["spacing"])
+    ):
+        faults.append(f"spacing must be {dims} positive numbers in mm or null, found {body['spacing']!r}")
+    if (body["window"] is None) == (body["z_score"] is None):
+        faults.append("exactly one of window and z_score must be set")
+    if body["window"] is not None and (len(body["window"]) != 2 or body["window"][0] >= body["window"][1]):
+        faults.append(f"window must be [lower, upper], found {body['window']!r}")
+    if body["z_score"] not in (None, "all", "nonzero"):
+        faults.append(f"z_score must be all, nonzero or null, found {body['z_score']!r}")
+    if not isinstance(body["patch_size"], int) or body["patch_size"] < 1:
+        faults.append(f"patch_size must be a positive integer, found {body['patch_size']!r}")
+    if sorted(body["augmentation"]) != ["flip", "intensity", "rotate"]:
+        faults.append(f"augmentation must give flip, rotate and intensity, found {body['augmentation']!r}")
+    if not isinstance(body["channels"], list | tuple) or not body["channels"]:
+        faults.append(f"channels must be a list of names, found {body['channels']!r}")
+    if not isinstance(body["labels"], Mapping) or any(int(value) < 1 for value in body["labels"]):
+        faults.append(f"labels must map positive values to names, found {body['labels']!r}")
+    return faults
+
+
+def _suggest(word: str, known: Any) -> str:
+    close = get_close_matches(word, list(known), n=2)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def preset_table() -> dict[str, Preset]:
+    """Every preset of the package by name."""
+    entries = yaml.safe_load(files("medmim").joinpath("presets.yaml").read_text(encoding="utf-8"))
+    return {name: Preset.from_dict(name, body) for name, body in entries.items()}
+
+
+def get_preset(name: str) -> Preset:
+    """Preset by name, or from a YAML file of the user.
+
+    Args:
+        name: name of a preset of the package, or path of a ``.yaml`` file with the fields of one entry.
+
+    Raises:
+        ValueError: when it is unknown (nearest names offered), or the file is missing or faulty.
+    """
+    if str(name).endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"--dataset {name}: no such file")
+        try:
+            body = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"--dataset {name}: not readable as YAML ({' '.join(str(error).split())})") from error
+        if not isinstance(body, Mapping):
+            raise ValueError(f"--dataset {name}: expected the fields of one preset, found {type(body).__name__}")
+        return Preset.from_dict(path.stem, body)
+    table = preset_table()
+    if name not in table:
+        raise ValueError(
+            f"--dataset {name}: no such preset{_suggest(str(name), table)}; known are {', '.join(sorted(table))}, "
+            "or give a .yaml file of your own"
+        )
+    return table[name]
+
+
+def intensity_transform(preset: Preset, keys: str = "image") -> MapTransform:
+    """MONAI transform that normalises intensities as the preset says: a window to [0, 1], or z-score."""
+    if preset.window is not None:
+        lower, upper = preset.window
+        return ScaleIntensityRanged(keys, a_min=lower, a_max=upper, b_min=0.0, b_max=1.0, clip=True)
+    return NormalizeIntensityd(keys, nonzero=preset.z_score == "nonzero", channel_wise=True)

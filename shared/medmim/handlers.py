@@ -1,0 +1,315 @@
+"""Ignite handlers that MONAI does not have."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.engines import IterationEvents
+from monai.networks.nets import ViT
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.tensorboard import SummaryWriter
+
+from medmim.datasets import Preset
+from medmim.description import describe, write_description
+from medmim.figures import curves_figure, figure_pixels, reconstruction_figure, save_figure
+from medmim.files import replace_file
+from medmim.losses import MaskedReconstructionLoss
+from medmim.metrics import SegmentationScores
+from medmim.networks import patchify, unpatchify
+from medmim.weights import save_encoder
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(ValueError):
+    """The loss became NaN or infinite."""
+
+
+class StopOnNonFiniteLoss:
+    """End a training whose loss is NaN or infinite, before it reaches the weights; names the batch."""
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a MONAI trainer."""
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        loss = float(engine.state.output["loss"])
+        if not math.isfinite(loss):
+            iteration = (engine.state.iteration - 1) % engine.state.epoch_length + 1
+            raise NonFiniteLossError(
+                f"the loss is {loss} in epoch {engine.state.epoch}, iteration {iteration}, with "
+                f"{', '.join(batch_files(engine.state.batch))}: lower learning_rate, or set amp to false"
+            )
+
+
+def batch_files(batch: Any) -> list[str]:
+    """Names of the image files in a collated batch."""
+    names = getattr(batch["image"], "meta", {}).get("filename_or_obj", "unknown files")
+    return [names] if isinstance(names, str) else [str(name) for name in names]
+
+
+class SaveCheckpoint:
+    """Write what a training needs to go on: the state of each object, and of the trainer.
+
+    Args:
+        path: the file; replaced in one step, so that a crash while writing leaves the one before.
+        objects: name and object with a ``state_dict``.
+        interval: epochs between two checkpoints; the last epoch is always written.
+    """
+
+    def __init__(self, path: str, objects: Mapping[str, Any], interval: int) -> None:
+        self.path = path
+        self.objects = objects
+        self.interval = interval
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs:
+            content = {name: item.state_dict() for name, item in self.objects.items()}
+            content |= {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
+            replace_file(self.path, lambda temporary: torch.save(content, temporary))
+
+
+class SaveEncoder:
+    """Write ``encoder.pt``, ``model.pt`` (the feature extractor around the encoder) and ``model.json`` at intervals.
+
+    Args:
+        models_dir: folder of the files that travel.
+        feature_extractor: network around the encoder that is being pre-trained.
+        img_size: voxels along each axis that the encoder was built for.
+        preset: the data it is trained on.
+        interval: epochs between two writings; the last epoch is always written.
+    """
+
+    def __init__(
+        self, models_dir: str, feature_extractor: nn.Module, img_size: Sequence[int], preset: Preset, interval: int
+    ) -> None:
+        self.models_dir = Path(models_dir)
+        self.feature_extractor = feature_extractor
+        self.encoder: ViT = feature_extractor.encoder
+        self.img_size = img_size
+        self.preset = preset
+        self.interval = interval
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs:
+            save_encoder(self.models_dir / "encoder.pt", self.encoder, self.img_size, self.preset)
+            save_model(self.models_dir, self.feature_extractor, self.img_size, self.preset)
+
+
+class SaveBestModel:
+    """Write ``model.pt`` and ``model.json`` whenever the validation's key metric is the best so far.
+
+    Args:
+        models_dir: folder of the files that travel.
+        network: the network that is being trained.
+        img_size: voxels along each axis that it was built for.
+        preset: the data it is trained on.
+    """
+
+    def __init__(self, models_dir: str, network: nn.Module, img_size: Sequence[int], preset: Preset) -> None:
+        self.models_dir = Path(models_dir)
+        self.network = network
+        self.img_size = img_size
+        self.preset = preset
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a MONAI evaluator, which keeps the best metric and its epoch in its state."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.state.best_metric_epoch == engine.state.epoch:
+            save_model(self.models_dir, self.network, self.img_size, self.preset)
+            logger.info(f"best {engine.state.key_metric_name} {engine.state.best_metric:.4f}: wrote model.pt")
+
+
+def save_model(models_dir: Path, network: nn.Module, img_size: Sequence[int], preset: Preset) -> None:
+    """Write the flat state dict ``model.pt`` and its description ``model.json``."""
+    state_dict = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+    replace_file(models_dir / "model.pt", lambda temporary: torch.save(state_dict, temporary))
+    write_description(describe(network, img_size, preset), models_dir / "model.json")
+
+
+class LearningCurve:
+    """Write the scalars of a training as ``scalars.csv`` and ``curves.png``, brought up to date after each epoch.
+
+    Stands after the validation handler, so that an epoch's row holds its validation.
+
+    Args:
+        output_dir: where the two files go.
+        optimizer: whose largest learning rate is recorded.
+        evaluator: whose metrics are recorded.
+    """
+
+    def __init__(self, output_dir: str, optimizer: Optimizer, evaluator: Engine | None = None) -> None:
+        self.output_dir = Path(output_dir)
+        self.optimizer = optimizer
+        self.evaluator = evaluator
+        self.rows: list[dict[str, float]] = []
+        self.losses: list[float] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._remember)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
+
+    def _start(self, engine: Engine) -> None:
+        self.started = time.monotonic()
+
+    def _remember(self, engine: Engine) -> None:
+        output = engine.state.output
+        self.losses.append(float((output[0] if isinstance(output, list) else output)["loss"]))
+
+    def _write(self, engine: Engine) -> None:
+        row = {
+            "epoch": engine.state.epoch,
+            "iteration": engine.state.iteration,
+            "seconds": round(time.monotonic() - self.started, 1),
+            "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),
+            "train_loss": float(np.mean(self.losses)),
+        }
+        self.losses = []
+        validated = self.evaluator is not None and self.evaluator.state.epoch == engine.state.epoch
+        if validated and self.evaluator is not None:
+            row |= {name: float(value) for name, value in self.evaluator.state.metrics.items()}
+        self.rows.append(row)
+        self.write_csv()
+        self._log(row, engine.state.max_epochs)
+        if validated or engine.state.epoch == engine.state.max_epochs:
+            self.write_png()
+
+    def _log(self, row: dict[str, float], max_epochs: int) -> None:
+        scores = ", ".join(f"{name} {row[name]:.4f}" for name in list(row)[4:])
+        left = row["seconds"] / len(self.rows) * (max_epochs - row["epoch"])
+        logger.info(f"epoch {row['epoch']}/{max_epochs}: {scores}; {row['seconds']:.0f} s, about {left:.0f} s left")
+
+    def write_csv(self) -> None:
+        """Write all rows; what an epoch did not measure stays empty."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        with (self.output_dir / "scalars.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def write_png(self) -> None:
+        """Draw losses and validation metrics against the epoch."""
+        names = [name for name in dict.fromkeys(key for row in self.rows for key in row)][4:]
+        points = {
+            name: {"": [(row["epoch"], row[name]) for row in self.rows if math.isfinite(row.get(name, math.nan))]}
+            for name in names
+        }
+        save_figure(curves_figure(points), self.output_dir / "curves.png")
+
+
+class ReconstructionPreview:
+    """Draw what the network makes of one fixed validation case: original, masked, reconstruction, in three planes.
+
+    Args:
+        network: pretext network, called as ``network(image, mask)``.
+        loss: knows the target, and so how a prediction becomes an image.
+        dataset: its first item is drawn.
+        output_dir: folder for ``previews/epoch_NNNN.png`` and the TensorBoard events.
+        interval: epochs between two previews; the last epoch is always drawn.
+        device: of the network.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: MaskedReconstructionLoss,
+        dataset: Any,
+        output_dir: str,
+        interval: int,
+        device: str | torch.device,
+    ) -> None:
+        self.network = network
+        self.loss = loss
+        self.dataset = dataset
+        self.output_dir = Path(output_dir)
+        self.interval = interval
+        self.device = device
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        epoch = engine.state.epoch
+        if epoch % self.interval and epoch != engine.state.max_epochs:
+            return
+        item = self.dataset[0]
+        item = item[0] if isinstance(item, list) else item
+        image = torch.as_tensor(item["image"]).as_subclass(torch.Tensor).unsqueeze(0).to(self.device)
+        mask = item["mask"].unsqueeze(0).to(self.device)
+        figure = draw_reconstruction(self.network, self.loss, image, mask, f"epoch {epoch}")
+        save_figure(figure, self.output_dir / "previews" / f"epoch_{epoch:04d}.png")
+        with SummaryWriter(str(self.output_dir / "tensorboard")) as writer:
+            writer.add_image("reconstruction", figure_pixels(figure), epoch, dataformats="HWC")
+
+
+def draw_reconstruction(
+    network: nn.Module, loss: MaskedReconstructionLoss, image: torch.Tensor, mask: torch.Tensor, title: str
+) -> Any:
+    """Figure of one image ``(1, C, *spatial)`` (first channel), its masked form and its reconstruction."""
+    was_training = network.training
+    network.eval()
+    with torch.no_grad():
+        prediction = loss.to_image(network(image, mask), image)
+    network.train(was_training)
+    hidden = hidden_voxels(mask, loss.patch_size)
+    masked = image.masked_fill(hidden, float("nan"))
+    pasted = torch.where(hidden, prediction, image)
+    target = "patches normalised: mean and contrast from the original" if loss.normalize_target else "raw intensities"
+    columns = {"original": image, "masked": masked, "reconstruction": prediction, "with visible patches": pasted}
+    return reconstruction_figure(
+        {name: volume[0, 0].float().cpu().numpy() for name, volume in columns.items()}, f"{title}; target: {target}"
+    )
+
+
+def hidden_voxels(mask: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
+    """Token mask ``(B, *grid)`` as a voxel mask ``(B, 1, *spatial)``."""
+    tokens = mask.flatten(1).unsqueeze(-1).expand(-1, -1, math.prod(patch_size))
+    return unpatchify(tokens, patch_size, mask.shape[1:])
+
+
+class SaveScores:
+    """Write the scores of an evaluation: ``scores.csv`` (case and class) and a summary in the log.
+
+    Args:
+        scores: the metric that is attached to the evaluator.
+        output_dir: where the file goes.
+    """
+
+    def __init__(self, scores: SegmentationScores, output_dir: str) -> None:
+        self.scores = scores
+        self.output_dir = Path(output_dir)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.scores.write_csv(self.output_dir / "scores.csv")
+        for name, value in self.scores.summary().items():
+            logger.info(f"{name}: {value:.4f}")
+        logger.info(f"wrote {self.output_dir / 'scores.csv'}")

@@ -1,0 +1,126 @@
+"""Scores of a segmentation, for each case and class, on the scan's own grid."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.exceptions import NotComputableError
+from ignite.metrics import Metric
+from monai.data.utils import affine_to_spacing
+from monai.handlers import from_engine
+from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+
+COLUMNS = ["case", "class", "dice", "hd95_mm", "surface_dice", "reference_ml", "predicted_ml"]
+
+
+class SegmentationScores(Metric):
+    """Mean foreground Dice; for each case and class Dice, and on request 95 % Hausdorff distance and surface Dice.
+
+    The mean is over the classes of a case first, then over the cases. A class that neither the reference nor the
+    prediction holds is left out; one that only the prediction holds, or misses altogether, has Dice and surface Dice
+    0, and as distance the diagonal of the scan (leaving such cases out would flatter).
+
+    Args:
+        labels: value and name of each foreground class.
+        surface_tolerance: mm within which a surface counts as right; ``None`` computes Dice only, which is fast.
+        output_transform: picks predictions and references, lists of class maps ``(1, *spatial)`` with affine.
+    """
+
+    def __init__(
+        self,
+        labels: Mapping[int, str],
+        surface_tolerance: float | None = None,
+        output_transform: Callable = from_engine(["pred", "label"]),
+    ) -> None:
+        self.labels = dict(sorted(labels.items()))
+        self.surface_tolerance = surface_tolerance
+        self.rows: list[dict[str, Any]] = []
+        super().__init__(output_transform=output_transform)
+
+    def reset(self) -> None:
+        """Forget all cases."""
+        self.rows = []
+
+    def update(self, output: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]) -> None:
+        """Score a batch of cases."""
+        for prediction, reference in zip(*output, strict=True):
+            self.rows += self._score(prediction, reference)
+
+    def compute(self) -> float:
+        """Mean foreground Dice over all cases of all ranks.
+
+        Raises:
+            NotComputableError: when there was no case.
+        """
+        if idist.get_world_size() > 1:
+            gathered = [row for rows in idist.all_gather(self.rows) for row in rows]
+            self.rows = list({(row["case"], row["class"]): row for row in gathered}.values())
+        if not self.rows:
+            raise NotComputableError("there was no case to score")
+        return case_mean(self.rows, "dice")
+
+    def summary(self) -> dict[str, float]:
+        """Means over the cases: of each score over the classes, and of Dice for each class."""
+        scores = ["dice"] if self.surface_tolerance is None else ["dice", "hd95_mm", "surface_dice"]
+        means = {f"mean_{score}": case_mean(self.rows, score) for score in scores}
+        for name in self.labels.values():
+            means[f"dice {name}"] = _mean([row["dice"] for row in self.rows if row["class"] == name])
+        return means
+
+    def write_csv(self, path: str | Path) -> None:
+        """Write one row for each case and class."""
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(sorted(self.rows, key=lambda row: row["case"]))
+
+    def _score(self, prediction: torch.Tensor, reference: torch.Tensor) -> list[dict[str, Any]]:
+        name = str(getattr(reference, "meta", {}).get("filename_or_obj", "?"))
+        if prediction.shape != reference.shape:
+            raise ValueError(f"{name}: prediction {tuple(prediction.shape)}, reference {tuple(reference.shape)}")
+        affine = getattr(reference, "affine", torch.eye(4))
+        spacing = affine_to_spacing(affine, r=reference.ndim - 1).tolist()
+        diagonal = float(np.linalg.norm(np.array(reference.shape[1:]) * spacing))
+        voxel_ml = float(np.prod(spacing)) / 1000
+        prediction, reference = torch.as_tensor(prediction), torch.as_tensor(reference)
+        values = torch.tensor(list(self.labels), device=reference.device)
+        shape = (len(values), *[1] * (reference.ndim - 1))
+        found = (prediction == values.reshape(shape)).float().unsqueeze(0).as_subclass(torch.Tensor)
+        truth = (reference == values.reshape(shape)).float().unsqueeze(0).as_subclass(torch.Tensor)
+        dice = compute_dice(found, truth, ignore_empty=False)[0].tolist()
+        if self.surface_tolerance is not None:
+            distance = compute_hausdorff_distance(found, truth, True, percentile=95, spacing=spacing)[0].tolist()
+            tolerances = [self.surface_tolerance] * len(values)
+            surface = compute_surface_dice(found, truth, tolerances, True, spacing=spacing)[0].tolist()
+        rows = []
+        for i, label in enumerate(self.labels.values()):
+            n_truth, n_found = int(truth[0, i].sum()), int(found[0, i].sum())
+            row: dict[str, Any] = {"case": name, "class": label, "dice": dice[i], "hd95_mm": "", "surface_dice": ""}
+            row |= {"reference_ml": n_truth * voxel_ml, "predicted_ml": n_found * voxel_ml}
+            if self.surface_tolerance is not None:
+                one_missing = (n_truth == 0) != (n_found == 0)
+                row["hd95_mm"] = diagonal if one_missing else distance[i]
+                row["surface_dice"] = 0.0 if one_missing else surface[i]
+            if n_truth == 0 and n_found == 0:
+                row |= {score: float("nan") for score in ("dice", "hd95_mm", "surface_dice") if row[score] != ""}
+            rows.append(row)
+        return rows
+
+
+def case_mean(rows: Sequence[Mapping[str, Any]], score: str) -> float:
+    """Mean over the classes of each case, then over the cases; NaN is left out."""
+    cases: dict[str, list[float]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], []).append(row[score])
+    return _mean([_mean(values) for values in cases.values()])
+
+
+def _mean(values: Sequence[float]) -> float:
+    present = [value for value in values if not np.isnan(value)]
+    return float(np.mean(present)) if present else float("nan")

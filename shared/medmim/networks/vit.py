@@ -1,0 +1,81 @@
+"""What the package needs to know about MONAI's ``ViT`` without changing it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from monai.networks.nets import ViT
+from torch import Tensor, nn
+
+from medmim.networks.patches import grid_size
+from medmim.networks.positions import sincos_position_embedding
+
+
+def prepare_vit_blocks(blocks: nn.ModuleList) -> None:
+    """Switch MONAI's transformer blocks to PyTorch's fused attention and freeze what they never use.
+
+    MONAI's ``ViT`` and ``UNETR`` take no flash argument, and each block holds a ``norm_cross_attn`` that gets no
+    gradient: frozen, ``DistributedDataParallel`` works without ``find_unused_parameters``.
+
+    Raises:
+        ValueError: when a block has dropout (the fused path would apply it in ``eval()`` too).
+    """
+    for block in blocks:
+        if block.attn.dropout_rate > 0:
+            raise ValueError(f"dropout_rate must be 0 with fused attention, found {block.attn.dropout_rate}")
+        if not block.attn.save_attn:
+            block.attn.use_flash_attention = True
+        block.norm_cross_attn.requires_grad_(False)
+
+
+def vit_patch_size(vit: ViT) -> tuple[int, ...]:
+    """Patch size in voxels along each axis.
+
+    Raises:
+        ValueError: when the patch embedding is not a convolution.
+    """
+    embedding = vit.patch_embedding.patch_embeddings
+    if not isinstance(embedding, nn.Conv2d | nn.Conv3d):
+        raise ValueError("the ViT must have proj_type 'conv', which computes the same as 'perceptron'")
+    return tuple(embedding.kernel_size)
+
+
+def set_position_embedding(vit: ViT, img_size: Sequence[int], kind: str) -> None:
+    """Choose the positions of a ViT: ``learnable`` keeps MONAI's, ``sincos`` sets the fixed 3-axis table.
+
+    Args:
+        vit: a stock MONAI ViT.
+        img_size: voxels along each axis.
+        kind: ``learnable`` or ``sincos``.
+
+    Raises:
+        ValueError: when the kind is unknown or ``img_size`` does not fit the ViT.
+    """
+    if kind not in ("learnable", "sincos"):
+        raise ValueError(f"position_embedding must be learnable or sincos, found {kind!r}")
+    positions = vit.patch_embedding.position_embeddings
+    grid = grid_size(img_size, vit_patch_size(vit))
+    if positions.shape[1] != torch.Size(grid).numel():
+        raise ValueError(f"img_size {tuple(img_size)} gives {grid} patches, but the ViT has {positions.shape[1]}")
+    if kind == "sincos":
+        with torch.no_grad():
+            positions.copy_(sincos_position_embedding(grid, positions.shape[-1]))
+        positions.requires_grad_(False)
+
+
+def embed_patches(vit: ViT, patches: Tensor) -> Tensor:
+    """The ViT's patch embedding, applied to single patches instead of a whole image.
+
+    A convolution whose stride is its kernel is a linear map of each patch, so hidden patches need not be computed.
+
+    Args:
+        vit: a stock MONAI ViT with a convolutional patch embedding.
+        patches: ``(B, M, prod(patch_size) * C)``, channel last.
+
+    Returns:
+        ``(B, M, hidden_size)``, without positions.
+    """
+    conv = vit.patch_embedding.patch_embeddings
+    weight = conv.weight.movedim(1, -1).flatten(1)
+    return nn.functional.linear(patches, weight, conv.bias)

@@ -1,0 +1,81 @@
+"""Masked reconstruction of whole scans, window by window."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from torch import Tensor, nn
+
+from medmim.figures import reconstruction_figure, save_figure
+from medmim.handlers import hidden_voxels
+from medmim.losses import MaskedReconstructionLoss
+from medmim.networks import MaskedAutoencoder
+from medmim.transforms import RandPatchMaskd
+
+
+class WindowReconstructor(nn.Module):
+    """Hide patches of a window and reconstruct them; for use with ``SlidingWindowInferer``.
+
+    Args:
+        network: trained pretext network.
+        loss: knows how a prediction becomes an image.
+        mask_ratio, mask_unit: see :class:`medmim.transforms.RandPatchMaskd`.
+        seed: of the masks.
+    """
+
+    def __init__(
+        self,
+        network: MaskedAutoencoder,
+        loss: MaskedReconstructionLoss,
+        mask_ratio: float,
+        mask_unit: Sequence[int] | int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.loss = loss
+        self.draw_mask = RandPatchMaskd("image", network.patch_size, mask_ratio, mask_unit).set_random_state(seed)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``(B, C, *img_size)`` to ``(B, 3C, *img_size)``.
+
+        The parts are the image, the image with NaN at hidden voxels, and the image with hidden voxels reconstructed.
+        """
+        mask = torch.stack([self.draw_mask({"image": window})["mask"] for window in image]).to(image.device)
+        hidden = hidden_voxels(mask, self.loss.patch_size)
+        prediction = self.loss.to_image(self.network(image, mask), image)
+        return torch.cat([image, image.masked_fill(hidden, float("nan")), torch.where(hidden, prediction, image)], 1)
+
+
+class SplitReconstructiond(MapTransform):
+    """Take the output of :class:`WindowReconstructor` apart, and draw it.
+
+    Writes the keys ``masked`` (0 at hidden voxels) and ``reconstruction``, and a picture of the first channel.
+
+    Args:
+        keys: where the output stands.
+        output_dir: folder of the pictures, ``<name of the scan>_reconstruction.png``.
+        title: of the picture.
+    """
+
+    def __init__(self, keys: Hashable | Sequence[Hashable], output_dir: str, title: str = "") -> None:
+        super().__init__(keys)
+        self.output_dir = Path(output_dir)
+        self.title = title
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        output: MetaTensor = result[self.first_key(result)]
+        image, masked, reconstruction = output.chunk(3)
+        columns = {"original": image, "masked": masked, "reconstruction": reconstruction}
+        figure = reconstruction_figure({name: x[0].cpu().numpy() for name, x in columns.items()}, self.title)
+        name = Path(str(output.meta["filename_or_obj"])).name.removesuffix(".gz").removesuffix(".nii")
+        save_figure(figure, self.output_dir / f"{name}_reconstruction.png")
+        result["masked"] = torch.nan_to_num(masked, nan=0.0)
+        result["reconstruction"] = reconstruction
+        return result

@@ -1,0 +1,15 @@
+"""Dictionary transforms that MONAI does not have: masks, padding of tokens, checks of a scan."""
+
+from medmim.transforms.grids import FeatureGridd
+from medmim.transforms.masks import RandPatchMaskd, hidden_count
+from medmim.transforms.padding import PaddingTokensd
+from medmim.transforms.scans import CheckScand, ScanError
+
+__all__ = [
+    "CheckScand",
+    "FeatureGridd",
+    "PaddingTokensd",
+    "RandPatchMaskd",
+    "ScanError",
+    "hidden_count",
+]

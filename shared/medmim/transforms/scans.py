@@ -1,0 +1,105 @@
+"""Checks of a scan that was just loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.transforms import MapTransform
+from torch import Tensor
+
+
+class ScanError(ValueError):
+    """A scan that cannot be used. The message is one line and names the file."""
+
+
+def check_image(image: Tensor, name: str, n_channels: int) -> None:
+    """Refuse an image with a wrong channel count, NaN or infinite voxels, or one intensity only.
+
+    Args:
+        image: ``(C, *spatial)``.
+        name: file, for the message.
+        n_channels: expected channels.
+
+    Raises:
+        ScanError: naming the file and what was found.
+    """
+    if image.shape[0] != n_channels:
+        raise ScanError(
+            f"{name}: {image.shape[0]} channels, expected {n_channels}: choose a preset (--dataset) with as many "
+            "channels, or convert the file"
+        )
+    finite = torch.isfinite(image)
+    if not bool(finite.all()):
+        raise ScanError(f"{name}: {int((~finite).sum())} voxels are NaN or infinite: repair or remove the file")
+    if bool(image.min() == image.max()):
+        raise ScanError(f"{name}: constant image, each voxel is {float(image.min()):g}: remove the file")
+
+
+def check_label(label: Tensor, image: Tensor, name: str, values: Collection[int]) -> None:
+    """Refuse a label map of another size than its image, or with values that the preset does not name.
+
+    Args:
+        label: ``(1, *spatial)``, class indices.
+        image: ``(C, *spatial)``.
+        name: file of the label map, for the message.
+        values: allowed class indices, background included.
+
+    Raises:
+        ScanError: naming the file and what was found.
+    """
+    if label.shape[1:] != image.shape[1:]:
+        raise ScanError(
+            f"{name}: label map of {tuple(label.shape[1:])} voxels for an image of {tuple(image.shape[1:])}: "
+            "export the label map on the image's grid"
+        )
+    if not bool(torch.isfinite(label).all()):
+        raise ScanError(f"{name}: the label map holds NaN or infinite values: repair or remove the file")
+    found = torch.unique(label).tolist()
+    unknown = [f"{value:g}" for value in found if value not in values]
+    if unknown:
+        raise ScanError(
+            f"{name}: label values {', '.join(unknown[:10])} are not in the preset ({sorted(values)}): "
+            "correct the file, or name them in a preset of your own (--dataset my_preset.yaml)"
+        )
+
+
+class CheckScand(MapTransform):
+    """Refuse a scan that would poison training. Stands right after loading, before anything changes the voxels.
+
+    Args:
+        keys: the image, ``(C, *spatial)``.
+        n_channels: expected channels.
+        label_key: the label map, when there is one.
+        label_values: allowed values of the label map, background included.
+
+    Raises:
+        ScanError: see :func:`check_image` and :func:`check_label`.
+    """
+
+    def __init__(
+        self,
+        keys: Hashable | Sequence[Hashable],
+        n_channels: int,
+        label_key: str | None = None,
+        label_values: Collection[int] = (),
+    ) -> None:
+        super().__init__(keys)
+        self.n_channels = n_channels
+        self.label_key = label_key
+        self.label_values = set(label_values)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(result):
+            image = result[key]
+            check_image(image, _file_of(image, str(key)), self.n_channels)
+            if self.label_key is not None:
+                label = result[self.label_key]
+                check_label(label, image, _file_of(label, self.label_key), self.label_values)
+        return result
+
+
+def _file_of(tensor: Tensor, default: str) -> str:
+    return str(getattr(tensor, "meta", {}).get("filename_or_obj", default))
