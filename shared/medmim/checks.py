@@ -182,7 +182,7 @@ def check_sizes(
             grid_size(roi_size, sizes)
         except ValueError:
             raise ValueError(
-                f"--roi_size {list(roi_size)} is not divisible by --{knob} {size}: change one, so that each axis divides"
+                f"--roi_size {list(roi_size)} is not divisible by --{knob} {size}: change one so that each axis divides"
             ) from None
     patch = ensure_tuple_rep(patch_size, len(roi_size))
     unit = patch if mask_unit is None else ensure_tuple_rep(mask_unit, len(roi_size))

@@ -43,10 +43,7 @@ class Preset:
             ValueError: one line that lists every fault.
         """
         known = {f.name for f in fields(cls)} - {"name"}
-        optional = {"description": "", "modality": "", "license": "unknown", "citation": "", "source": ""}
-        body = {**optional, "crop_foreground": False, "labels": {}, "surface_tolerance": 1.0} | dict(values)
-        body = {"spacing": None, "window": None, "z_score": None, "crop_ratio": (1, 1)} | body
-        body = {"augmentation": {"flip": 0.0, "rotate": 0.1, "intensity": 0.1}} | body
+        body: dict[str, Any] = _DEFAULTS | dict(values)
         faults = [f"unknown field {key!r}{_suggest(key, known)}" for key in body.keys() - known]
         faults += [f"field {key!r} is missing" for key in sorted(known - body.keys())]
         if not faults:
@@ -76,6 +73,23 @@ class Preset:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in a description file."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+_DEFAULTS: dict[str, Any] = {
+    "description": "",
+    "modality": "",
+    "spacing": None,
+    "window": None,
+    "z_score": None,
+    "crop_foreground": False,
+    "augmentation": {"flip": 0.0, "rotate": 0.1, "intensity": 0.1},
+    "crop_ratio": (1, 1),
+    "labels": {},
+    "surface_tolerance": 1.0,
+    "license": "unknown",
+    "citation": "",
+    "source": "",
+}
 
 
 def _faults(body: Mapping[str, Any]) -> list[str]:

@@ -20,15 +20,15 @@ from torch import nn
 from medmim.datasets import Preset
 from medmim.files import replace_file
 from medmim.networks import UNETR, FeatureExtractor
-from medmim.networks.vit import prepare_vit_blocks, vit_patch_size
+from medmim.networks.vit import prepare_vit_blocks, vit_channels, vit_patch_size
 from medmim.version import FORMAT_VERSION, __version__
 
 
 def describe_vit(vit: ViT, img_size: Sequence[int]) -> dict[str, Any]:
     """Constructor arguments of a MONAI ViT, read off the network itself."""
-    block = vit.blocks[0]
+    block: Any = vit.blocks[0]
     return {
-        "in_channels": vit.patch_embedding.patch_embeddings.in_channels,
+        "in_channels": vit_channels(vit),
         "img_size": list(img_size),
         "patch_size": list(vit_patch_size(vit)),
         "hidden_size": vit.norm.normalized_shape[0],

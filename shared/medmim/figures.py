@@ -26,62 +26,91 @@ def planes(volume: np.ndarray, at: Sequence[int] | None = None) -> list[np.ndarr
     return [np.rot90(np.take(volume, index, axis)) for axis, index in enumerate(at)]
 
 
-def reconstruction_figure(columns: Mapping[str, np.ndarray], title: str) -> Figure:
+def _panels(
+    shape: Sequence[int], n_columns: int, spacing: Sequence[float], title: str
+) -> tuple[Figure, np.ndarray, list[float]]:
+    """Figure with a row of axes for each plane, as high as the plane needs; and the aspect of each plane's voxels."""
+    if len(shape) == 2:
+        spans, aspects = [(shape[0] * spacing[0], shape[1] * spacing[1])], [spacing[1] / spacing[0]]
+    else:
+        pairs = [(1, 2), (0, 2), (0, 1)]  # (across, up) of sagittal, coronal, axial
+        spans = [(shape[i] * spacing[i], shape[j] * spacing[j]) for i, j in pairs]
+        aspects = [spacing[j] / spacing[i] for i, j in pairs]
+    width = 2.6  # inches of a column
+    heights = [width * up / max(across for across, _ in spans) for across, up in spans]
+    figure = Figure(figsize=(width * n_columns + 0.4, sum(heights) + 1.0), layout="constrained")
+    axes = figure.subplots(len(spans), n_columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    if len(shape) == 3:
+        for axis, name in zip(axes[:, 0], PLANES, strict=True):
+            axis.set_ylabel(name, fontsize=9)
+    figure.suptitle(title, fontsize=9)
+    return figure, axes, aspects
+
+
+def reconstruction_figure(
+    columns: Mapping[str, np.ndarray], title: str, spacing: Sequence[float] = (1.0, 1.0, 1.0)
+) -> Figure:
     """One column for each volume, one row for each plane.
 
     Args:
-        columns: title and volume ``(H, W, D)`` or ``(H, W)``; NaN is drawn grey-blue (hidden).
+        columns: title and volume ``(H, W, D)`` or ``(H, W)``; NaN is drawn blue-grey (hidden).
         title: of the figure.
+        spacing: mm of a voxel along each axis.
     """
     original = next(iter(columns.values()))
     low, high = np.nanpercentile(original, [0.5, 99.5])
-    rows = len(planes(original))
-    figure = Figure(figsize=(2.6 * len(columns), 2.6 * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, len(columns), squeeze=False)
-    for j, (name, volume) in enumerate(columns.items()):
-        for i, image in enumerate(planes(volume)):
-            axes[i, j].set_facecolor("#5b6c8a")
-            axes[i, j].imshow(np.ma.masked_invalid(image), cmap="gray", vmin=low, vmax=high, interpolation="nearest")
-            axes[i, j].set_xticks([])
-            axes[i, j].set_yticks([])
-            if i == 0:
-                axes[i, j].set_title(name, fontsize=9)
-            if j == 0 and rows == 3:
-                axes[i, j].set_ylabel(PLANES[i], fontsize=9)
-    figure.suptitle(title, fontsize=9)
+    figure, axes, aspects = _panels(original.shape, len(columns), spacing, title)
+    for column, (name, volume) in zip(axes.T, columns.items(), strict=True):
+        column[0].set_title(name, fontsize=9)
+        for axis, image, aspect in zip(column, planes(volume), aspects, strict=True):
+            axis.set_facecolor("#5b6c8a")
+            shown = np.ma.masked_invalid(image)
+            axis.imshow(shown, cmap="gray", vmin=low, vmax=high, interpolation="nearest", aspect=aspect)
     return figure
 
 
 def segmentation_figure(
-    image: np.ndarray, maps: Mapping[str, np.ndarray], labels: Mapping[int, str], title: str = ""
+    image: np.ndarray,
+    maps: Mapping[str, np.ndarray],
+    labels: Mapping[int, str],
+    title: str = "",
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> Figure:
     """Class maps laid over a scan, one column for each map, one row for each plane.
 
     Args:
         image: ``(H, W, D)``.
-        maps: title and class map ``(H, W, D)``, for example reference and prediction.
+        maps: title and class map ``(H, W, D)``, for example reference and prediction; slices pass through the middle
+            of the first one's foreground.
         labels: value and name of each class.
         title: of the figure.
+        spacing: mm of a voxel along each axis.
     """
     first = next(iter(maps.values()))
     where = np.argwhere(first > 0)
     centre = [int(n) for n in (np.median(where, axis=0) if len(where) else np.array(image.shape) // 2)]
     low, high = np.percentile(image, [1, 99])
-    palette = ["#00000000", *[_COLOURS[i % len(_COLOURS)] for i in range(max(labels))]]
-    figure = Figure(figsize=(2.8 * (len(maps) + 1), 8.0), layout="constrained")
-    axes = figure.subplots(3, len(maps) + 1)
-    for j, (name, overlay) in enumerate({"scan": np.zeros_like(first), **maps}.items()):
-        for i, (background, classes) in enumerate(zip(planes(image, centre), planes(overlay, centre), strict=True)):
-            axes[i, j].imshow(background, cmap="gray", vmin=low, vmax=high)
-            axes[i, j].imshow(
-                classes, cmap=ListedColormap(palette), vmin=0, vmax=max(labels), alpha=0.55, interpolation="nearest"
+    colours = ["#00000000", *[_COLOURS[i % len(_COLOURS)] for i in range(max(labels))]]
+    figure, axes, aspects = _panels(image.shape, len(maps) + 1, spacing, title)
+    for column, (name, overlay) in zip(axes.T, {"scan": np.zeros_like(first), **maps}.items(), strict=True):
+        column[0].set_title(name, fontsize=9)
+        slices = zip(column, planes(image, centre), planes(overlay, centre), aspects, strict=True)
+        for axis, background, classes, aspect in slices:
+            axis.imshow(background, cmap="gray", vmin=low, vmax=high, aspect=aspect)
+            axis.imshow(
+                classes,
+                cmap=ListedColormap(colours),
+                vmin=-0.5,
+                vmax=max(labels) + 0.5,
+                alpha=0.6,
+                interpolation="nearest",
+                aspect=aspect,
             )
-            axes[i, j].set_axis_off()
-            if i == 0:
-                axes[i, j].set_title(name, fontsize=9)
-    handles = [Patch(color=palette[value], label=label) for value, label in labels.items()]
+    handles = [Patch(color=colours[value], label=label) for value, label in labels.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=8)
-    figure.suptitle(title, fontsize=9)
     return figure
 
 
@@ -123,5 +152,5 @@ def figure_pixels(figure: Figure) -> np.ndarray:
 
 # Okabe and Ito's palette, readable with colour blindness, then three more
 _COLOURS = (
-    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#8B4513", "#7FFF00", "#9370DB",
+    "#E69F00", "#0072B2", "#009E73", "#F0E442", "#D55E00", "#56B4E9", "#CC79A7", "#8B4513", "#7FFF00", "#9370DB",
 )  # fmt: skip

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
-from monai.networks.nets import ViT
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
@@ -25,8 +24,8 @@ from medmim.figures import curves_figure, figure_pixels, reconstruction_figure, 
 from medmim.files import replace_file
 from medmim.losses import MaskedReconstructionLoss
 from medmim.metrics import SegmentationScores
-from medmim.networks import patchify, unpatchify
-from medmim.weights import save_encoder
+from medmim.networks import unpatchify
+from medmim.weights import find_encoder, save_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +42,13 @@ class StopOnNonFiniteLoss:
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        loss = float(engine.state.output["loss"])
+        state: Any = engine.state
+        loss = float(state.output["loss"])
         if not math.isfinite(loss):
-            iteration = (engine.state.iteration - 1) % engine.state.epoch_length + 1
+            iteration = (state.iteration - 1) % state.epoch_length + 1
             raise NonFiniteLossError(
-                f"the loss is {loss} in epoch {engine.state.epoch}, iteration {iteration}, with "
-                f"{', '.join(batch_files(engine.state.batch))}: lower learning_rate, or set amp to false"
+                f"the loss is {loss} in epoch {state.epoch}, iteration {iteration}, with "
+                f"{', '.join(batch_files(state.batch))}: lower learning_rate, or set amp to false"
             )
 
 
@@ -99,7 +99,7 @@ class SaveEncoder:
     ) -> None:
         self.models_dir = Path(models_dir)
         self.feature_extractor = feature_extractor
-        self.encoder: ViT = feature_extractor.encoder
+        self.encoder = find_encoder(feature_extractor)
         self.img_size = img_size
         self.preset = preset
         self.interval = interval
@@ -135,9 +135,10 @@ class SaveBestModel:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        if engine.state.best_metric_epoch == engine.state.epoch:
+        state: Any = engine.state
+        if state.best_metric_epoch == state.epoch:
             save_model(self.models_dir, self.network, self.img_size, self.preset)
-            logger.info(f"best {engine.state.key_metric_name} {engine.state.best_metric:.4f}: wrote model.pt")
+            logger.info(f"best {state.key_metric_name} so far, {state.best_metric:.4f}: wrote model.pt")
 
 
 def save_model(models_dir: Path, network: nn.Module, img_size: Sequence[int], preset: Preset) -> None:
@@ -175,11 +176,11 @@ class LearningCurve:
         self.started = time.monotonic()
 
     def _remember(self, engine: Engine) -> None:
-        output = engine.state.output
+        output: Any = engine.state.output
         self.losses.append(float((output[0] if isinstance(output, list) else output)["loss"]))
 
     def _write(self, engine: Engine) -> None:
-        row = {
+        row: dict[str, float] = {
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
             "seconds": round(time.monotonic() - self.started, 1),
@@ -192,9 +193,9 @@ class LearningCurve:
             row |= {name: float(value) for name, value in self.evaluator.state.metrics.items()}
         self.rows.append(row)
         self.write_csv()
-        self._log(row, engine.state.max_epochs)
         if validated or engine.state.epoch == engine.state.max_epochs:
             self.write_png()
+            self._log(row, int(engine.state.max_epochs or 0))
 
     def _log(self, row: dict[str, float], max_epochs: int) -> None:
         scores = ", ".join(f"{name} {row[name]:.4f}" for name in list(row)[4:])
@@ -212,7 +213,7 @@ class LearningCurve:
 
     def write_png(self) -> None:
         """Draw losses and validation metrics against the epoch."""
-        names = [name for name in dict.fromkeys(key for row in self.rows for key in row)][4:]
+        names = list(dict.fromkeys(key for row in self.rows for key in row))[4:]
         points = {
             name: {"": [(row["epoch"], row[name]) for row in self.rows if math.isfinite(row.get(name, math.nan))]}
             for name in names

@@ -29,19 +29,20 @@ class SegmentationScores(Metric):
     Args:
         labels: value and name of each foreground class.
         surface_tolerance: mm within which a surface counts as right; ``None`` computes Dice only, which is fast.
-        output_transform: picks predictions and references, lists of class maps ``(1, *spatial)`` with affine.
+        output_transform: picks predictions and references, lists of class maps ``(1, *spatial)`` with affine;
+            by default the keys ``pred`` and ``label`` of the engine's output.
     """
 
     def __init__(
         self,
         labels: Mapping[int, str],
         surface_tolerance: float | None = None,
-        output_transform: Callable = from_engine(["pred", "label"]),
+        output_transform: Callable | None = None,
     ) -> None:
         self.labels = dict(sorted(labels.items()))
         self.surface_tolerance = surface_tolerance
         self.rows: list[dict[str, Any]] = []
-        super().__init__(output_transform=output_transform)
+        super().__init__(output_transform=output_transform or from_engine(["pred", "label"]))
 
     def reset(self) -> None:
         """Forget all cases."""
@@ -59,7 +60,8 @@ class SegmentationScores(Metric):
             NotComputableError: when there was no case.
         """
         if idist.get_world_size() > 1:
-            gathered = [row for rows in idist.all_gather(self.rows) for row in rows]
+            ranks: Any = idist.all_gather(self.rows)
+            gathered = [row for rows in ranks for row in rows]
             self.rows = list({(row["case"], row["class"]): row for row in gathered}.values())
         if not self.rows:
             raise NotComputableError("there was no case to score")

@@ -39,7 +39,8 @@ class WindowReconstructor(nn.Module):
         super().__init__()
         self.network = network
         self.loss = loss
-        self.draw_mask = RandPatchMaskd("image", network.patch_size, mask_ratio, mask_unit).set_random_state(seed)
+        self.draw_mask = RandPatchMaskd("image", network.patch_size, mask_ratio, mask_unit)
+        self.draw_mask.set_random_state(seed)
 
     def forward(self, image: Tensor) -> Tensor:
         """``(B, C, *img_size)`` to ``(B, 3C, *img_size)``.

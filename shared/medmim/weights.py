@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -96,10 +95,12 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         raise ValueError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file makes torch raise anything, also IndexError or struct.error
         reason = " ".join(str(error).split())[:150]
         raise ValueError(f"{path}: not readable as a checkpoint of plain tensors ({reason}): get it again") from error
     description = content.get("description") if isinstance(content, dict) else None
+    if not isinstance(description, dict) or "format_version" not in description:
+        description = None  # none of ours
     for key in NESTED_KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -139,7 +140,8 @@ def load_encoder(
         path: ``encoder.pt``, or a checkpoint that holds a ViT with MONAI's names behind any prefix.
         img_size: voxels that the network was built for; needed only when the grids differ and the network does not
             know its own (a bare ``ViT``).
-        allow_new: beginnings of tensor names that may stay as they are.
+        allow_new: beginnings of tensor names that may stay as they are when the file has nothing for them (for
+            example ``patch_embedding.patch_embeddings`` between stems of 2 and 4 channels).
 
     Returns:
         report, which is also printed.
@@ -160,12 +162,13 @@ def load_encoder(
         value = tensors.get(name)
         if value is None:
             report.new.append(name)
-        elif name == POSITIONS and (resized := _fit_positions(value, current, description, target_grid, path)) is not None:
-            target[name] = resized
-            report.resized.append(name)
+        elif name == POSITIONS:
+            target[name], resized = _fit_positions(value, current, description, target_grid, path)
+            (report.resized if resized else report.loaded).append(name)
         elif name == STEM and value.shape != current.shape:
-            target[name] = _adapt_stem(value, current.shape[1], path)
-            report.adapted.append(name)
+            adapted = _adapt_stem(value, current.shape[1])
+            target[name] = current if adapted is None else adapted
+            (report.new if adapted is None else report.adapted).append(name)
         else:
             target[name] = value
             report.loaded.append(name)
@@ -229,9 +232,9 @@ def _check_architecture(
     faults = []
     for name, value in target.items():
         found = tensors.get(name)
+        allowed = name.startswith(tuple(allow_new)) or "norm_cross_attn" in name  # which nothing uses
         if found is None:
-            # old MONAI has no norm_cross_attn; nothing uses it
-            if not name.startswith(tuple(allow_new)) and "norm_cross_attn" not in name:
+            if not allowed:
                 faults.append(f"{name} is missing")
         elif name == POSITIONS:
             if found.shape[-1] != value.shape[-1]:
@@ -239,18 +242,23 @@ def _check_architecture(
         elif name == STEM:
             if found.shape[:1] + found.shape[2:] != value.shape[:1] + value.shape[2:]:
                 faults.append(f"{name} is {tuple(found.shape)}, expected {tuple(value.shape)}")
+            elif _adapt_stem(found, value.shape[1]) is None and found.shape != value.shape and not allowed:
+                faults.append(f"{name} takes {found.shape[1]} channels, the network {value.shape[1]}")
         elif found.shape != value.shape:
             faults.append(f"{name} is {tuple(found.shape)}, expected {tuple(value.shape)}")
     surplus = [name for name in tensors if name.startswith("blocks.") and name not in target]
     faults += [f"{name} has no place" for name in surplus if "cross_attn" not in name]  # stale in old MONAI files
-    if not faults:
-        return
     knobs = ""
     if description is not None:
         theirs = description["network"]["arguments"]
         ours = describe_vit(encoder, theirs["img_size"])
-        different = {key: value for key, value in theirs.items() if key not in ("img_size", "in_channels") and value != ours.get(key)}
-        knobs = " The file was made with " + " ".join(f"--{key} {_knob(value)}" for key, value in different.items())
+        if theirs["num_heads"] != ours["num_heads"]:  # which no tensor's shape tells
+            faults.append(f"blocks have {theirs['num_heads']} heads, expected {ours['num_heads']}")
+        different = [key for key in ours if key not in ("img_size", "in_channels") and theirs.get(key) != ours[key]]
+        if different:
+            knobs = " The file was made with " + " ".join(f"--{key} {_knob(theirs.get(key))}" for key in different)
+    if not faults:
+        return
     raise ValueError(
         f"{path}: another architecture than the network's: {len(faults)} tensors do not fit, first: {faults[0]}.{knobs}"
     )
@@ -269,8 +277,8 @@ def _fit_positions(
     description: dict[str, Any] | None,
     target_grid: tuple[int, ...] | None,
     path: str | Path,
-) -> Tensor | None:
-    """Position embedding on the network's grid; None when it is already on it."""
+) -> tuple[Tensor, bool]:
+    """Position embedding on the network's grid, and whether it had to be resized."""
     source_grid = None
     if description is not None:
         arguments = description["network"]["arguments"]
@@ -280,7 +288,7 @@ def _fit_positions(
         if side ** len(target_grid) == positions.shape[1]:
             source_grid = (side,) * len(target_grid)
     if positions.shape == current.shape and (source_grid is None or target_grid is None or source_grid == target_grid):
-        return None
+        return positions, False
     if source_grid is None or target_grid is None or prod(target_grid) != current.shape[1]:
         raise ValueError(
             f"{path}: {positions.shape[1]} positions for a network with {current.shape[1]}: give img_size, "
@@ -290,16 +298,13 @@ def _fit_positions(
     grid = positions.reshape(1, *source_grid, features).movedim(-1, 1)
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(target_grid)]
     resized = nn.functional.interpolate(grid.float(), size=target_grid, mode=mode, align_corners=False)
-    return resized.movedim(1, -1).reshape(1, -1, features).to(positions.dtype)
+    return resized.movedim(1, -1).reshape(1, -1, features).to(positions.dtype), True
 
 
-def _adapt_stem(weight: Tensor, channels: int, path: str | Path) -> Tensor:
-    found = weight.shape[1]
-    if found == 1:
+def _adapt_stem(weight: Tensor, channels: int) -> Tensor | None:
+    """Stem for another number of channels; None between two different numbers above 1, where there is no rule."""
+    if weight.shape[1] == 1:
         return weight.repeat(1, channels, *[1] * (weight.ndim - 2)) / channels
     if channels == 1:
         return weight.sum(dim=1, keepdim=True)
-    raise ValueError(
-        f"{path}: the stem takes {found} channels, the network {channels}: only 1 to many and many to 1 are defined; "
-        f"to keep the network's own stem, give allow_new=['{STEM}'] and remove it from the file"
-    )
+    return None

@@ -99,6 +99,7 @@ class TokenwiseDecoder(nn.Module):
         sigma: float = 1.0,
     ) -> None:
         super().__init__()
+        self.affinity: Tensor
         self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(1, 1, encoder_size), std=0.02))
         self.position_embeddings = _positions(position_embedding, grid, encoder_size)
         cells = torch.cartesian_prod(*[torch.arange(n, dtype=torch.float32) for n in grid]).reshape(prod(grid), -1)
@@ -106,9 +107,7 @@ class TokenwiseDecoder(nn.Module):
         if hidden_size is None:
             self.head: nn.Module = nn.Linear(encoder_size, out_size)
         else:
-            self.head = nn.Sequential(
-                nn.Linear(encoder_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, out_size)
-            )
+            self.head = nn.Sequential(nn.Linear(encoder_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, out_size))
 
     def forward(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
         """``(B, N_visible, encoder_size)`` and the token indices give ``(B, N, out_size)`` in raster order."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from medmim.networks.decoders import build_decoder
 from medmim.networks.patches import gather_tokens, grid_size, patchify, token_ids
-from medmim.networks.vit import embed_patches, prepare_vit_blocks, set_position_embedding, vit_patch_size
+from medmim.networks.vit import embed_patches, prepare_vit_blocks, set_position_embedding, vit_channels, vit_patch_size
 
 
 class MaskedAutoencoder(nn.Module):
@@ -52,11 +52,10 @@ class MaskedAutoencoder(nn.Module):
         self.grid = grid_size(self.img_size, self.patch_size)
         prepare_vit_blocks(encoder.blocks)
         set_position_embedding(encoder, self.img_size, position_embedding)
-        in_channels = encoder.patch_embedding.patch_embeddings.in_channels
         self.decoder = build_decoder(
             decoder,
             encoder_size=encoder.norm.normalized_shape[0],
-            out_size=prod(self.patch_size) * in_channels,
+            out_size=prod(self.patch_size) * vit_channels(encoder),
             grid=self.grid,
             hidden_size=decoder_hidden_size,
             num_layers=decoder_num_layers,

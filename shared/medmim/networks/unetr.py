@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from monai.networks.blocks import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 from monai.networks.blocks.dynunet_block import UnetOutBlock
@@ -76,7 +77,12 @@ class UNETR(nn.Module):
         prepare_vit_blocks(self.vit.blocks)
 
         doublings = {8: 0, 16: 1, 32: 2}[patch]  # of the first step; the three that follow double once each
-        common = {"spatial_dims": spatial_dims, "kernel_size": 3, "norm_name": norm_name, "res_block": True}
+        common: dict[str, Any] = {
+            "spatial_dims": spatial_dims,
+            "kernel_size": 3,
+            "norm_name": norm_name,
+            "res_block": True,
+        }
 
         def project_up(out_channels: int, times: int) -> nn.Module:
             """Tokens (hidden_size) to ``out_channels``, ``times`` doublings of the resolution."""

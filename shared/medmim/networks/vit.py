@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from monai.networks.nets import ViT
@@ -21,6 +22,7 @@ def prepare_vit_blocks(blocks: nn.ModuleList) -> None:
     Raises:
         ValueError: when a block has dropout (the fused path would apply it in ``eval()`` too).
     """
+    block: Any
     for block in blocks:
         if block.attn.dropout_rate > 0:
             raise ValueError(f"dropout_rate must be 0 with fused attention, found {block.attn.dropout_rate}")
@@ -35,10 +37,19 @@ def vit_patch_size(vit: ViT) -> tuple[int, ...]:
     Raises:
         ValueError: when the patch embedding is not a convolution.
     """
-    embedding = vit.patch_embedding.patch_embeddings
-    if not isinstance(embedding, nn.Conv2d | nn.Conv3d):
+    return tuple(_stem(vit).kernel_size)
+
+
+def vit_channels(vit: ViT) -> int:
+    """Channels of the image that a ViT takes."""
+    return _stem(vit).in_channels
+
+
+def _stem(vit: ViT) -> nn.Conv2d | nn.Conv3d:
+    stem = vit.patch_embedding.patch_embeddings
+    if not isinstance(stem, nn.Conv2d | nn.Conv3d):
         raise ValueError("the ViT must have proj_type 'conv', which computes the same as 'perceptron'")
-    return tuple(embedding.kernel_size)
+    return stem
 
 
 def set_position_embedding(vit: ViT, img_size: Sequence[int], kind: str) -> None:
@@ -76,6 +87,6 @@ def embed_patches(vit: ViT, patches: Tensor) -> Tensor:
     Returns:
         ``(B, M, hidden_size)``, without positions.
     """
-    conv = vit.patch_embedding.patch_embeddings
-    weight = conv.weight.movedim(1, -1).flatten(1)
-    return nn.functional.linear(patches, weight, conv.bias)
+    stem = _stem(vit)
+    weight = stem.weight.movedim(1, -1).flatten(1)
+    return nn.functional.linear(patches, weight, stem.bias)

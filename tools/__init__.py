@@ -1,0 +1,1 @@
+"""Commands of this repository: ``python -m tools <command>``."""
