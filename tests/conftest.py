@@ -1,16 +1,54 @@
 """What several test files share."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from monai.bundle import ConfigWorkflow
 from monai.networks.nets import ViT
+from monai.utils import set_determinism
 
 # pytest's default import mode puts this folder on sys.path, where tests/medmim would hide an editable install
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 from medmim.datasets import Preset, get_preset  # noqa: E402
+from medmim.phantom import write_phantom  # noqa: E402
+
+BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
+TINY = {  # knobs of a network that trains in seconds
+    "roi_size": [16, 24, 16],
+    "patch_size": 8,
+    "hidden_size": 48,
+    "mlp_dim": 96,
+    "num_layers": 4,
+    "num_heads": 4,
+    "epochs": 2,
+    "warmup_epochs": 1,
+    "batch_size": 2,
+    "crops_per_scan": 2,
+    "val_interval": 1,
+}
+TINY_OF = {
+    "mae_vit_pretraining": {"decoder_hidden_size": 24, "decoder_num_layers": 1, "decoder_num_heads": 4},
+    "unetr_segmentation": {"feature_size": 4, "overlap": 0.25},
+}
+N_CASES = 6  # fold 0 of 5: four for training, two for validation
+COARSE_PRESET = """\
+channels: [CT]
+spacing: [8.0, 8.0, 8.0]
+window: [-175.0, 250.0]
+crop_foreground: true
+roi_size: [16, 24, 16]
+patch_size: 8
+labels: {1: liver, 2: spleen, 3: left kidney, 4: right kidney, 5: spine}
+surface_tolerance: 8.0
+"""
 
 
 @pytest.fixture
@@ -27,3 +65,116 @@ def tiny_vit() -> Callable[..., ViT]:
 @pytest.fixture
 def preset() -> Preset:
     return get_preset("phantom")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Several threads only wait for one another in tiny networks, above all on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _strict_configs() -> None:
+    os.environ["MONAI_FAIL_ON_DUPLICATE_CONFIG"] = "1"
+
+
+@pytest.fixture(scope="session")
+def phantom_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Phantom data set, six cases; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("phantom")
+    write_phantom(folder, N_CASES)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def coarse_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A preset file of one's own: the phantom at 8 mm, so that a scan is a few windows only."""
+    path = tmp_path_factory.mktemp("presets") / "coarse.yaml"
+    path.write_text(COARSE_PRESET)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_bundle(phantom_dir: Path, coarse_preset: Path) -> Callable[..., ConfigWorkflow]:
+    """Runs a bundle as ``python -m monai.bundle run`` does, in this process, on the CPU.
+
+    ``run_bundle(bundle, "train", "evaluate", folder=tmp_path, epochs=1)`` merges ``train.yaml`` and ``evaluate.yaml``
+    with the knobs of a tiny network on phantom data, and writes below ``folder``.
+    """
+
+    def run(bundle: str, *configs: str, folder: Path, **knobs: Any) -> ConfigWorkflow:
+        settings: dict[str, Any] = {"dataset_dir": str(phantom_dir), "num_workers": 0}
+        settings |= {"output_dir": str(folder / "output"), "models_dir": str(folder / "models")}
+        settings |= {"device": "$torch.device('cpu')", "amp": False}
+        if "train" in configs:
+            settings |= {"dataset": str(coarse_preset)} | TINY | TINY_OF[bundle]
+        search_path = sys.path.copy()
+        try:
+            with chdir(BUNDLES / bundle):
+                workflow = ConfigWorkflow(
+                    config_file=[f"configs/{name}.yaml" for name in configs],
+                    logging_file=False,
+                    workflow_type="train" if "train" in configs else "infer",
+                    **settings
+                    | {key: str(value) if isinstance(value, Path) else value for key, value in knobs.items()},
+                )
+                workflow.initialize()
+                workflow.run()
+                workflow.finalize()
+            if knobs.get("num_workers"):  # stop the workers now: as cyclic garbage they would keep it waiting
+                workflow.parser.get_parsed_content("train#dataloader")._iterator = None
+        finally:
+            sys.path[:] = search_path
+            set_determinism(None)
+        return workflow
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def command_line() -> Callable[..., subprocess.CompletedProcess]:
+    """Starts ``python -m monai.bundle run`` in a bundle's folder: ``command_line(bundle, *configs, knob=value)``."""
+
+    def start(bundle: str, *configs: str, **knobs: Any) -> subprocess.CompletedProcess:
+        files = [f"configs/{name}.yaml" for name in configs]
+        command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files)]
+        for key, value in knobs.items():
+            command += [f"--{key}", str(value)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            command, cwd=BUNDLES / bundle, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def pretrained(run_bundle: Callable[..., ConfigWorkflow], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a short pre-training: ``output`` and ``models``; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    run_bundle("mae_vit_pretraining", "train", folder=folder, epochs=8, learning_rate=0.003, val_interval=4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finetuned(
+    run_bundle: Callable[..., ConfigWorkflow], pretrained: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Folder of a short fine-tuning from ``pretrained``; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    encoder = pretrained / "models" / "encoder.pt"
+    knobs = {"epochs": 20, "learning_rate": 0.01, "val_interval": 10, "layer_decay": 1.0}
+    run_bundle("unetr_segmentation", "train", folder=folder, pretrained_encoder=encoder, **knobs)
+    return folder
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """List the message of each error that was provoked, as a user sees it."""
+    reports = [report for report in terminalreporter.getreports("passed") if report.when == "call"]
+    messages = [
+        (r.nodeid.split("::")[-1], value) for r in reports for key, value in r.user_properties if key == "error"
+    ]
+    if messages:
+        terminalreporter.section("error messages")
+    for name, message in messages:
+        terminalreporter.write_line(f"{name}\n    " + message.replace("\n", "\n    "))

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from medmim.losses import MaskedReconstructionLoss
-from medmim.networks import MaskedAutoencoder
-from medmim.transforms import RandPatchMaskd
 from monai.networks.nets import MaskedAutoEncoderViT, ViT
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from medmim.losses import MaskedReconstructionLoss
+from medmim.networks import MaskedAutoencoder
+from medmim.transforms import RandPatchMaskd
 
 ENCODER: dict[str, Any] = {"hidden_size": 768, "mlp_dim": 3072, "num_layers": 12, "num_heads": 12}  # ViT-B
 DECODER: dict[str, Any] = {"decoder_hidden_size": 384, "decoder_num_layers": 8, "decoder_num_heads": 12}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+
 from medmim.datasets import get_preset
 from medmim.figures import curves_figure, save_figure, segmentation_figure
 from medmim.metrics import case_mean

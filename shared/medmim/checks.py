@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.transforms import LoadImage
 from monai.utils import ensure_tuple_rep
 from tqdm import tqdm
 
@@ -25,9 +24,20 @@ from medmim.datasets import Preset, get_preset
 from medmim.description import read_description, read_preset
 from medmim.networks.patches import grid_size
 from medmim.transforms import ScanError, hidden_count
-from medmim.transforms.scans import check_image, check_label
+from medmim.transforms.scans import check_image, check_label, load_scan
 
 logger = logging.getLogger(__name__)
+
+
+def check_switches(**switches: Any) -> None:
+    """Refuse a switch that is not a boolean; on the command line ``false`` arrives as a string, which counts as true.
+
+    Raises:
+        ValueError: naming every such knob.
+    """
+    wrong = [f"--{name} {value}" for name, value in switches.items() if not isinstance(value, bool)]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: a switch must be True or False, with a capital letter")
 
 
 def check_data(
@@ -74,12 +84,12 @@ def check_inference(models_dir: str, dataset_dir: str, output_dir: str, read_sca
     Raises:
         ValueError: one line for each fault.
     """
-    preset = read_preset(read_description(Path(models_dir) / "model.json"))
+    description = read_description(Path(models_dir) / "model.json")
     check_writable(output_dir)
     items = find_items(dataset_dir)
     logger.info(f"{len(items)} scans from {dataset_dir}")
     if read_scans:
-        check_scans(items, preset)
+        check_scans(items, read_preset(description), roi_size=description["network"]["arguments"]["img_size"])
 
 
 def check_same_dataset(dataset: Any, description: dict[str, Any]) -> None:
@@ -152,7 +162,8 @@ def check_scans(
             if any(n < roi for n, roi in zip(size, roi_size, strict=True)):
                 small.append((item["image"], size))
     if faults:
-        raise ScanError("\n".join([*faults, f"{len(faults)} of {len(items)} scans cannot be used"]))
+        summary = [f"{len(faults)} of {len(items)} scans cannot be used"] if len(faults) > 1 else []
+        raise ScanError("\n".join([*faults, *summary]))
     if remember is not None:
         remember.write_text(json.dumps(known))
     if small and roi_size is not None:
@@ -168,12 +179,19 @@ def check_sizes(
     patch_size: Sequence[int] | int,
     mask_unit: Sequence[int] | int | None = None,
     mask_ratio: float = 0.0,
+    allowed_patch_sizes: Sequence[int] | None = None,
+    spatial_dims: int = 3,
 ) -> None:
     """Check that the region of interest divides into patches and mask units, and some would stay visible.
 
     Raises:
         ValueError: naming the knobs and the numbers.
     """
+    if not isinstance(roi_size, list | tuple) or len(roi_size) != spatial_dims:
+        raise ValueError(f'--roi_size {roi_size}: expected {spatial_dims} numbers in voxels, as in "[96, 96, 96]"')
+    if allowed_patch_sizes is not None and patch_size not in allowed_patch_sizes:
+        allowed = ", ".join(map(str, allowed_patch_sizes))
+        raise ValueError(f"--patch_size {patch_size}: this network needs one of {allowed}, the same on each axis")
     for knob, size in (("patch_size", patch_size), ("mask_unit", mask_unit)):
         if size is None:
             continue
@@ -194,23 +212,12 @@ def check_sizes(
 def _check_scan(item: Item, preset: Preset) -> tuple[list[int], list[float]]:
     """Check one scan; returns its size in voxels and its spacing in mm, in the file's axes."""
     name = item["image"] if isinstance(item["image"], str) else item["image"][0]
-    image = _load(item["image"])
+    image = load_scan(item["image"])
     check_image(image, name, len(preset.channels))
     if "label" in item:
-        check_label(_load(item["label"]), image, item["label"], preset.label_values)
+        check_label(load_scan(item["label"]), image, item["label"], preset.label_values)
     pixdim = getattr(image, "pixdim", torch.ones(image.ndim - 1))
     return list(image.shape[1:]), [float(p) for p in pixdim]
-
-
-def _load(path: Any) -> torch.Tensor:
-    try:
-        return LoadImage(image_only=True, ensure_channel_first=True)(path)
-    except Exception as error:  # readers raise anything from EOFError to zlib.error
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = " ".join(f"{type(cause).__name__} {cause}".split())[:200]
-        raise ScanError(f"{path}: not readable ({reason}): replace or remove the file") from error
 
 
 def _file_state(item: Item) -> list[int]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from ignite.engine import Engine
+from monai.data import CacheDataset
 
 from medmim import checks, optim, phantom, weights
 
@@ -33,10 +35,11 @@ def ends_plainly(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-def run_engine(engine: Engine) -> None:
-    """Run a MONAI trainer or evaluator; a fault of ours inside (a bad scan, a non-finite loss) ends it plainly."""
+@contextmanager
+def plain_faults() -> Iterator[None]:
+    """Turn a fault of ours deep inside MONAI (a bad scan, a non-finite loss) into ``SystemExit`` with its message."""
     try:
-        engine.run()
+        yield
     except Exception as error:
         # a loader's worker sends its exception as text only
         chain = "".join(traceback.format_exception(error))
@@ -46,10 +49,23 @@ def run_engine(engine: Engine) -> None:
         raise SystemExit(f"error: {fault.group(1)}") from error
 
 
+def cache_scans(data: Sequence[Any], transform: Callable, cache_rate: float, num_workers: int) -> CacheDataset:
+    """MONAI's ``CacheDataset``, which loads scans while it is made; a bad scan ends the run plainly."""
+    with plain_faults():
+        return CacheDataset(data, transform, cache_rate=cache_rate, num_workers=num_workers)
+
+
+def run_engine(engine: Engine) -> None:
+    """Run a MONAI trainer or evaluator; a fault of ours inside ends it plainly."""
+    with plain_faults():
+        engine.run()
+
+
 check_data = ends_plainly(checks.check_data)
 check_inference = ends_plainly(checks.check_inference)
 check_same_dataset = ends_plainly(checks.check_same_dataset)
 check_scans = ends_plainly(checks.check_scans)
+check_switches = ends_plainly(checks.check_switches)
 check_sizes = ends_plainly(checks.check_sizes)
 freeze_encoder = ends_plainly(optim.freeze_encoder)
 load_checkpoint = ends_plainly(weights.load_checkpoint)

@@ -278,9 +278,9 @@ def draw_reconstruction(
     network.train(was_training)
     hidden = hidden_voxels(mask, loss.patch_size)
     masked = image.masked_fill(hidden, float("nan"))
-    pasted = torch.where(hidden, prediction, image)
+    reconstruction = torch.where(hidden, prediction, image)  # nothing taught the network to predict visible patches
     target = "patches normalised: mean and contrast from the original" if loss.normalize_target else "raw intensities"
-    columns = {"original": image, "masked": masked, "reconstruction": prediction, "with visible patches": pasted}
+    columns = {"original": image, "masked": masked, "reconstruction": reconstruction}
     return reconstruction_figure(
         {name: volume[0, 0].float().cpu().numpy() for name, volume in columns.items()}, f"{title}; target: {target}"
     )

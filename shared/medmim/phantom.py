@@ -55,9 +55,9 @@ def phantom_case(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
     organs = [  # x to the right of the patient: the liver lies at positive x
         ("liver", (52, 12, 18), (58, 56, 44), (85, 125), -0.25),
-        ("spleen", (-74, -18, 22), (24, 30, 34), (95, 135), 0.3),
-        ("left kidney", (-46, -34, -42), (20, 21, 36), (130, 190), 0.15),
-        ("right kidney", (46, -34, -50), (20, 21, 36), (130, 190), -0.15),
+        ("spleen", (-70, -16, 24), (30, 36, 42), (95, 135), 0.3),
+        ("left kidney", (-50, -30, -46), (27, 26, 40), (130, 190), 0.15),
+        ("right kidney", (50, -30, -54), (27, 26, 40), (130, 190), -0.15),
     ]
     for name, centre, radii, (low, high), tilt in organs:
         inside = (ellipsoid(centre, radii, tilt=tilt) < 1) & (body < 0.74)

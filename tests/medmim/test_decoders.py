@@ -5,9 +5,10 @@ from itertools import product
 
 import pytest
 import torch
+from torch import nn
+
 from medmim.networks import sincos_position_embedding, token_ids
 from medmim.networks.decoders import TokenwiseDecoder, TransformerDecoder, build_decoder
-from torch import nn
 
 GRIDS = [(2, 3, 2), (1, 4, 2), (3, 4)]
 

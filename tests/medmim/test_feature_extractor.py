@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+
 from medmim.networks import FeatureExtractor
 
 

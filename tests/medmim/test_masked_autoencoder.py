@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from monai.networks.nets import UNETR, ViT
+
 from medmim.losses import MaskedReconstructionLoss
 from medmim.networks import MaskedAutoencoder, unpatchify
-from monai.networks.nets import UNETR, ViT
 
 KINDS = ["transformer", "mlp", "linear"]
 SIZES = [  # channels, img_size, patch_size

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from medmim.networks import sincos_position_embedding
 
 CASES = [((3, 4, 2), 12, 10000.0), ((6, 6, 6), 36, 10000.0), ((5, 2), 16, 10000.0), ((2, 3, 1), 6, 100.0)]

@@ -3,6 +3,7 @@
 import monai.networks.nets
 import pytest
 import torch
+
 from medmim.networks import UNETR
 
 SMALL = {"feature_size": 4, "hidden_size": 24, "mlp_dim": 32, "num_heads": 2}

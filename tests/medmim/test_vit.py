@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from medmim.networks import patchify, sincos_position_embedding
 from medmim.networks.vit import embed_patches, prepare_vit_blocks, set_position_embedding, vit_channels, vit_patch_size
 

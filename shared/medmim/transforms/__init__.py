@@ -3,11 +3,12 @@
 from medmim.transforms.grids import FeatureGridd
 from medmim.transforms.masks import RandPatchMaskd, hidden_count
 from medmim.transforms.padding import PaddingTokensd
-from medmim.transforms.scans import CheckScand, ScanError
+from medmim.transforms.scans import CheckScand, LoadScand, ScanError
 
 __all__ = [
     "CheckScand",
     "FeatureGridd",
+    "LoadScand",
     "PaddingTokensd",
     "RandPatchMaskd",
     "ScanError",

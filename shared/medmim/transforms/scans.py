@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from monai.transforms import MapTransform
+from monai.transforms import LoadImage, MapTransform
 from torch import Tensor
 
 
 class ScanError(ValueError):
     """A scan that cannot be used. The message is one line and names the file."""
+
+
+def load_scan(path: str | Path | Sequence[str | Path]) -> Tensor:
+    """Read a scan, channel first, with its affine; several files are the channels of one scan.
+
+    Raises:
+        ScanError: naming the file, when it is missing, damaged, or no image.
+    """
+    try:
+        return LoadImage(image_only=True, ensure_channel_first=True)(path)
+    except Exception as error:  # readers raise anything from EOFError to zlib.error
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(f"{type(cause).__name__} {cause}".split())[:200]
+        raise ScanError(f"{path}: not readable ({reason}): replace or remove the file") from error
 
 
 def check_image(image: Tensor, name: str, n_channels: int) -> None:
@@ -63,6 +80,23 @@ def check_label(label: Tensor, image: Tensor, name: str, values: Collection[int]
             f"{name}: label values {', '.join(unknown[:10])} are not in the preset ({sorted(values)}): "
             "correct the file, or name them in a preset of your own (--dataset my_preset.yaml)"
         )
+
+
+class LoadScand(MapTransform):
+    """Read scans as MONAI's ``LoadImaged`` does, channel first; an error names the file.
+
+    Args:
+        keys: paths of files; each is replaced by the image ``(C, *spatial)``.
+
+    Raises:
+        ScanError: see :func:`load_scan`.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(result):
+            result[key] = load_scan(result[key])
+        return result
 
 
 class CheckScand(MapTransform):

@@ -1,0 +1,156 @@
+"""Presets: the table, files of one's own, and every fault."""
+
+import dataclasses
+
+import pytest
+import torch
+import yaml
+from monai.transforms import NormalizeIntensityd
+
+from medmim.datasets import Preset, get_preset, intensity_transform, preset_table
+
+GOOD = {"channels": ["CT"], "roi_size": [96, 96, 64], "patch_size": 16, "window": [-175, 250]}
+
+
+def test_table_holds_the_presets_of_the_readme():
+    table = preset_table()
+    assert {"phantom", "hippocampus", "btcv"} <= table.keys()
+    for name, preset in table.items():
+        assert preset.name == name
+        assert all(n % preset.patch_size == 0 for n in preset.roi_size)
+        assert preset.license
+        assert preset.citation
+        assert len(set(preset.labels.values())) == len(preset.labels)
+
+
+def test_btcv():
+    preset = get_preset("btcv")
+    assert preset.spacing == (1.5, 1.5, 2.0)
+    assert preset.window == (-175.0, 250.0)
+    assert preset.roi_size == (96, 96, 96)
+    assert preset.label_values == list(range(14))
+    assert preset.n_classes == 14
+    assert preset.labels[6] == "liver"
+
+
+def test_defaults_of_a_small_preset():
+    preset = Preset.from_dict("mine", GOOD)
+    assert preset.labels == {}
+    assert preset.label_values == [0]
+    assert preset.n_classes == 1
+    assert preset.spacing is None
+    assert preset.pixdim == (-1.0, -1.0, -1.0)
+    assert preset.crop_foreground is False
+    assert preset.crop_ratio == (1, 1)
+    assert preset.license == "unknown"
+
+
+def test_two_dimensions():
+    preset = Preset.from_dict("xray", GOOD | {"roi_size": [224, 224], "spacing": [0.5, 0.5]})
+    assert preset.pixdim == (0.5, 0.5)
+
+
+def test_classes_may_have_gaps():
+    preset = Preset.from_dict("mine", GOOD | {"labels": {"4": "tumour", 1: "organ"}})
+    assert preset.labels == {4: "tumour", 1: "organ"}
+    assert preset.label_values == [0, 1, 4]
+    assert preset.n_classes == 5
+
+
+@pytest.mark.parametrize("name", list(preset_table()))
+def test_plain_values_make_the_same_preset(name):
+    preset = get_preset(name)
+    body = yaml.safe_load(yaml.safe_dump(preset.to_dict()))
+    assert Preset.from_dict(body.pop("name"), body) == preset
+
+
+def test_window_becomes_0_to_1_clipped():
+    transform = intensity_transform(Preset.from_dict("mine", GOOD))
+    image = transform({"image": torch.tensor([[[-1000.0, -175.0, 37.5, 250.0, 3000.0]]])})["image"]
+    torch.testing.assert_close(torch.as_tensor(image), torch.tensor([[[0.0, 0.0, 0.5, 1.0, 1.0]]]))
+
+
+@pytest.mark.parametrize("kind", ["all", "nonzero"])
+def test_z_score_of_each_channel(kind):
+    preset = Preset.from_dict("mine", GOOD | {"window": None, "z_score": kind, "channels": ["T1", "T2"]})
+    transform = intensity_transform(preset)
+    assert isinstance(transform, NormalizeIntensityd)
+    image = torch.tensor([[[0.0, 0.0, 1.0, 3.0, 5.0]], [[0.0, 10.0, 10.0, 40.0, 60.0]]])
+    result = torch.as_tensor(transform({"image": image.clone()})["image"])
+    for before, after in zip(image.flatten(1).tolist(), result.flatten(1).tolist(), strict=True):
+        counted = [v for v in before if kind == "all" or v != 0]
+        mean = sum(counted) / len(counted)
+        std = (sum((v - mean) ** 2 for v in counted) / len(counted)) ** 0.5
+        expected = [0.0 if kind == "nonzero" and v == 0 else (v - mean) / std for v in before]
+        assert after == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "near"), [("hipocampus", "hippocampus"), ("BTCV", ""), ("fantom", "phantom")])
+def test_unknown_preset_offers_the_nearest(name, near):
+    with pytest.raises(ValueError, match=f"^--dataset {name}: no such preset") as error:
+        get_preset(name)
+    assert f"(did you mean {near}" in str(error.value) or not near
+    assert "known are btcv, hippocampus, phantom" in str(error.value)
+
+
+def test_file_of_ones_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(GOOD | {"labels": {1: "liver"}}))
+    preset = get_preset(str(path))
+    assert preset.name == "mine"
+    assert preset.labels == {1: "liver"}
+    assert preset.roi_size == (96, 96, 64)
+    assert dataclasses.replace(preset, name="other") == Preset.from_dict("other", GOOD | {"labels": {1: "liver"}})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"roi_size: [1, 2", "not readable as YAML"),
+        (b"\xff\xfe\x00", "not readable as YAML"),
+        (b"- 1\n- 2\n", "expected the fields of one preset, found list"),
+        (b"", "expected the fields of one preset, found NoneType"),
+    ],
+)
+def test_faulty_file(tmp_path, content, message):
+    path = tmp_path / "mine.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^--dataset {path}: {message}") as error:
+        get_preset(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"roi_sise": [1, 2, 3]}, r"unknown field 'roi_sise' \(did you mean roi_size"),
+        ({"roi_size": [96]}, r"roi_size must be 2 or 3 positive integers, found \[96\]"),
+        ({"roi_size": [96, 96, 0]}, "roi_size must be"),
+        ({"roi_size": 96}, "roi_size must be"),
+        ({"spacing": [1.0, 1.0]}, r"spacing must be 3 positive numbers in mm or null, found \[1\.0, 1\.0\]"),
+        ({"spacing": [1.0, 1.0, -1.0]}, "spacing must be"),
+        ({"window": None}, "exactly one of window and z_score must be set"),
+        ({"z_score": "all"}, "exactly one of window and z_score must be set"),
+        ({"window": [250, -175]}, r"window must be \[lower, upper\], found \[250, -175\]"),
+        ({"window": None, "z_score": "some"}, "z_score must be all, nonzero or null, found 'some'"),
+        ({"patch_size": 0}, "patch_size must be a positive integer, found 0"),
+        ({"patch_size": "16"}, "patch_size must be a positive integer, found '16'"),
+        ({"augmentation": {"flip": 0.1}}, "augmentation must give flip, rotate and intensity"),
+        ({"channels": []}, r"channels must be a list of names, found \[\]"),
+        ({"channels": "CT"}, "channels must be a list of names, found 'CT'"),
+        ({"labels": {0: "background", 1: "liver"}}, "labels must map positive values to names"),
+        ({"labels": ["liver"]}, "labels must map positive values to names"),
+    ],
+)
+def test_faulty_field_is_named(change, message):
+    with pytest.raises(ValueError, match=f"^preset mine: {message}"):
+        Preset.from_dict("mine", GOOD | change)
+
+
+def test_every_fault_is_listed():
+    with pytest.raises(ValueError, match=r"^preset mine: field 'channels' is missing; field 'roi_size' is missing$"):
+        Preset.from_dict("mine", {"patch_size": 8, "window": [0, 1]})
+    with pytest.raises(ValueError, match=r"^preset mine: channels must .*; patch_size must "):
+        Preset.from_dict("mine", GOOD | {"patch_size": -1, "channels": None})

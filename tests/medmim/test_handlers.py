@@ -1,0 +1,283 @@
+"""Handlers, on real engines."""
+
+import csv
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from ignite.metrics import Average
+from monai.data import DataLoader, MetaTensor
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+
+from medmim.description import read_description
+from medmim.handlers import (
+    LearningCurve,
+    NonFiniteLossError,
+    ReconstructionPreview,
+    SaveBestModel,
+    SaveCheckpoint,
+    SaveEncoder,
+    SaveScores,
+    StopOnNonFiniteLoss,
+    batch_files,
+    draw_reconstruction,
+    hidden_voxels,
+)
+from medmim.losses import MaskedReconstructionLoss
+from medmim.metrics import SegmentationScores
+from medmim.networks import FeatureExtractor, MaskedAutoencoder
+from medmim.weights import build_encoder, load_checkpoint
+
+SIZE = (16, 24, 8)
+
+
+def scans(n: int) -> list:
+    meta = [{"filename_or_obj": f"/data/s{i}.nii.gz"} for i in range(n)]
+    return [{"image": MetaTensor(torch.rand(1, 2, 2), meta=m), "label": torch.rand(1, 2, 2)} for m in meta]
+
+
+def trainer_of(network, loss_function, n_scans=6, epochs=2, handlers=()):
+    return SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=epochs,
+        train_data_loader=DataLoader(scans(n_scans), batch_size=2),
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), 0.1),
+        loss_function=loss_function,
+        train_handlers=list(handlers),
+        decollate=False,
+    )
+
+
+def looping(n_iterations=3, output=None, **state) -> Engine:
+    """Engine that only passes through its events."""
+    engine = Engine(lambda engine, batch: output(engine) if output else {"loss": 1.0})
+    for name, value in state.items():
+        setattr(engine.state, name, value)
+    return engine
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_non_finite_loss_ends_the_training_before_the_step(value):
+    network = torch.nn.Conv2d(1, 1, 1)
+    calls, weights = [], []
+
+    def loss(prediction, label):
+        calls.append(1)
+        return (prediction - label).square().mean() + (float(value) if len(calls) == 5 else 0.0)
+
+    trainer = trainer_of(network, loss, handlers=[StopOnNonFiniteLoss()])
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: weights.append(network.weight.detach().clone()))
+    message = rf"the loss is {value} in epoch 2, iteration 2, with /data/s2\.nii\.gz, /data/s3\.nii\.gz: lower learning"
+    with pytest.raises(NonFiniteLossError, match=message) as error:
+        trainer.run()
+    assert "\n" not in str(error.value)
+    assert isinstance(error.value, ValueError)
+    assert len(weights) == 4
+    assert torch.equal(network.weight, weights[-1])
+    assert bool(network.weight.isfinite().all())
+
+
+def test_finite_loss_goes_on():
+    trainer = trainer_of(torch.nn.Conv2d(1, 1, 1), torch.nn.MSELoss(), handlers=[StopOnNonFiniteLoss()])
+    trainer.run()
+    assert trainer.state.iteration == 6
+
+
+def test_batch_files():
+    batch = next(iter(DataLoader(scans(3), batch_size=2)))
+    assert batch_files(batch) == ["/data/s0.nii.gz", "/data/s1.nii.gz"]
+    assert batch_files(scans(1)[0]) == ["/data/s0.nii.gz"]
+    assert batch_files({"image": torch.rand(2, 1, 3)}) == ["unknown files"]
+
+
+def test_checkpoint_holds_what_resuming_needs(tmp_path):
+    network = torch.nn.Conv2d(1, 1, 1)
+    trainer = trainer_of(network, torch.nn.MSELoss(), epochs=5)
+    path = tmp_path / "sub" / "checkpoint.pt"
+    SaveCheckpoint(str(path), {"network": network, "optimizer": trainer.optimizer}, interval=2).attach(trainer)
+    written = []
+    trainer.add_event_handler(
+        Events.EPOCH_COMPLETED, lambda: written.append(torch.load(path)["epoch"] if path.is_file() else 0)
+    )
+    trainer.run()
+    assert written == [0, 2, 2, 4, 5]
+    content = torch.load(path, weights_only=True)
+    assert set(content) == {"network", "optimizer", "epoch", "iteration"}
+    assert (content["epoch"], content["iteration"]) == (5, 15)
+    assert torch.equal(content["network"]["weight"], network.weight)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_failing_checkpoint_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    handler = SaveCheckpoint(str(path), {"network": torch.nn.Linear(2, 2)}, interval=1)
+    engine = looping(epoch=1, iteration=3, max_epochs=9)
+    handler(engine)
+    before = path.read_bytes()
+
+    def full_disk(content, temporary):
+        Path(temporary).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    engine.state.epoch = 2
+    with pytest.raises(OSError, match="No space left"):
+        handler(engine)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_encoder_is_written_at_intervals(tmp_path, tiny_vit, preset):
+    extractor = FeatureExtractor(tiny_vit(), SIZE).eval()
+    engine = looping()
+    SaveEncoder(str(tmp_path), extractor, SIZE, preset, interval=2).attach(engine)
+    written = []
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: written.append((tmp_path / "encoder.pt").exists()))
+    engine.run([0], max_epochs=3)
+    assert written == [False, True, True]
+    assert {path.name for path in tmp_path.iterdir()} == {"encoder.pt", "model.pt", "model.json"}
+    image = torch.rand(1, 1, *SIZE)
+    torch.testing.assert_close(build_encoder(tmp_path / "encoder.pt").eval()(image)[0], extractor.encoder(image)[0])
+    assert read_description(tmp_path / "model.json")["network"]["name"] == "FeatureExtractor"
+    other = FeatureExtractor(tiny_vit(), SIZE).eval()
+    load_checkpoint(other, tmp_path / "model.pt")
+    assert torch.equal(other(image), extractor(image))
+
+
+def test_encoder_is_written_after_the_last_epoch(tmp_path, tiny_vit, preset):
+    engine = looping()
+    SaveEncoder(str(tmp_path), FeatureExtractor(tiny_vit(), SIZE), SIZE, preset, interval=10).attach(engine)
+    engine.run([0], max_epochs=3)
+    assert (tmp_path / "encoder.pt").exists()
+
+
+def test_best_model_is_kept(tmp_path, tiny_vit, preset):
+    network = FeatureExtractor(tiny_vit(), SIZE)
+    quality = {1: 0.5, 2: 0.8, 3: 0.3}
+    evaluator = SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=[{"image": torch.rand(1, 1, *SIZE), "label": torch.rand(1)}],
+        network=network,
+        key_val_metric={"mean_dice": Average(output_transform=lambda output: quality[evaluator.state.epoch])},
+        val_handlers=[SaveBestModel(str(tmp_path), network, SIZE, preset)],
+    )
+    bias = network.encoder.norm.bias
+    for epoch in quality:
+        torch.nn.init.constant_(bias, epoch)
+        evaluator.run(epoch)
+    assert torch.load(tmp_path / "model.pt")["encoder.norm.bias"][0] == 2
+    assert read_description(tmp_path / "model.json")["preset"]["name"] == preset.name
+
+
+def test_learning_curve(tmp_path):
+    optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr} for lr in (0.1, 0.4)])
+    evaluator = looping()
+    trainer = looping(output=lambda engine: {"loss": torch.tensor(float(engine.state.iteration))})
+
+    @trainer.on(Events.EPOCH_COMPLETED(every=2))
+    def validate():
+        evaluator.state.metrics = {"val_loss": 10.0 * trainer.state.epoch}
+        evaluator.state.epoch = trainer.state.epoch
+
+    LearningCurve(str(tmp_path / "out"), optimizer, evaluator).attach(trainer)
+    trainer.run(range(3), max_epochs=3)
+    with (tmp_path / "out" / "scalars.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["epoch", "iteration", "seconds", "learning_rate", "train_loss", "val_loss"]
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
+    assert [int(row["iteration"]) for row in rows] == [3, 6, 9]
+    assert [float(row["train_loss"]) for row in rows] == [2.0, 5.0, 8.0]
+    assert [float(row["learning_rate"]) for row in rows] == [0.4] * 3
+    assert [row["val_loss"] for row in rows] == ["", "20.0", ""]
+    assert (tmp_path / "out" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_learning_curve_of_a_trainer_that_decollates(tmp_path):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1)
+    trainer = looping(output=lambda engine: [{"loss": 3.0}, {"loss": 3.0}])
+    curve = LearningCurve(str(tmp_path), optimizer)
+    curve.attach(trainer)
+    trainer.run(range(2), max_epochs=1)
+    assert curve.rows[0]["train_loss"] == 3
+    assert (tmp_path / "curves.png").is_file()
+
+
+@pytest.mark.parametrize("grid_and_patch", [((2, 3, 1), (2, 1, 4)), ((3, 2), (2, 5))])
+def test_hidden_voxels_repeat_the_mask(grid_and_patch):
+    grid, patch_size = grid_and_patch
+    mask = torch.rand(2, *grid) > 0.5
+    expected = mask
+    for axis, size in enumerate(patch_size):
+        expected = expected.repeat_interleave(size, axis + 1)
+    assert torch.equal(hidden_voxels(mask, patch_size), expected.unsqueeze(1))
+
+
+def panel(figure, title):
+    """Picture and mask of the column's middle axial slice."""
+    column = [axis for axis in figure.axes if axis.get_title() == title][0]
+    row = [axis for axis in figure.axes if axis.get_subplotspec().colspan == column.get_subplotspec().colspan][-1]
+    return row.images[0].get_array()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_preview_shows_original_masked_and_reconstruction(normalize):
+    loss = MaskedReconstructionLoss((8, 8, 8), normalize_target=normalize)
+    image, mask = torch.rand(1, 1, *SIZE), torch.zeros(1, 2, 3, 1, dtype=torch.bool)
+    mask[0, 0, 1, 0] = mask[0, 1, 2, 0] = True
+
+    class Oracle(torch.nn.Module):
+        def forward(self, image, mask):
+            assert not self.training
+            return loss.target(image)
+
+    network = Oracle().train()
+    figure = draw_reconstruction(network, loss, image, mask, "epoch 7")
+    assert network.training
+    original = np.rot90(image[0, 0, :, :, 4].numpy())
+    hidden = np.rot90(mask[0, :, :, 0].repeat_interleave(8, 0).repeat_interleave(8, 1).numpy())
+    np.testing.assert_allclose(panel(figure, "original"), original)
+    np.testing.assert_array_equal(np.ma.getmaskarray(panel(figure, "masked")), hidden)
+    np.testing.assert_allclose(panel(figure, "reconstruction"), original, atol=1e-5)
+    assert "epoch 7" in figure.get_suptitle()
+    assert ("normalised" in figure.get_suptitle()) is normalize
+    assert ("raw intensities" in figure.get_suptitle()) is not normalize
+
+
+@pytest.mark.parametrize("img_size", [SIZE, (16, 24)])
+@pytest.mark.parametrize("crops", [False, True])
+def test_preview_is_written_as_png_and_for_tensorboard(tmp_path, tiny_vit, img_size, crops):
+    network = MaskedAutoencoder(tiny_vit(2, img_size), img_size, "linear")
+    mask = torch.zeros(network.grid, dtype=torch.bool)
+    mask[0] = True
+    item = {"image": MetaTensor(torch.rand(2, *img_size)), "mask": mask}
+    engine = looping()
+    loss = MaskedReconstructionLoss(network.patch_size)
+    dataset = [[item] if crops else item]
+    ReconstructionPreview(network, loss, dataset, str(tmp_path), 2, torch.device("cpu")).attach(engine)
+    engine.run([0], max_epochs=3)
+    pictures = sorted((tmp_path / "previews").iterdir())
+    assert [path.name for path in pictures] == ["epoch_0002.png", "epoch_0003.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures)
+    assert any(path.stat().st_size > 1000 for path in (tmp_path / "tensorboard").iterdir())
+
+
+def test_scores_are_written_and_summed_up(tmp_path, caplog):
+    label = torch.zeros(1, 4, 4, 4)
+    label[0, 1:3] = 1
+    engine = Engine(lambda engine, batch: [{"pred": label, "label": label}])
+    scores = SegmentationScores({1: "cube"}, 1.0)
+    scores.attach(engine, "mean_dice")
+    SaveScores(scores, str(tmp_path / "out")).attach(engine)
+    with caplog.at_level(logging.INFO):
+        engine.run([0])
+    with (tmp_path / "out" / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["dice"]) for row in rows] == [1.0]
+    assert not math.isnan(float(rows[0]["hd95_mm"]))
+    assert "mean_dice: 1.0000" in caplog.text
+    assert "mean_hd95_mm: 0.0000" in caplog.text
