@@ -14,11 +14,8 @@ from monai.bundle import ConfigWorkflow
 from monai.networks.nets import ViT
 from monai.utils import set_determinism
 
-# pytest's default import mode puts this folder on sys.path, where tests/medmim would hide an editable install
-sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-
-from medmim.datasets import Preset, get_preset  # noqa: E402
-from medmim.phantom import write_phantom  # noqa: E402
+from medmim.datasets import Preset, get_preset
+from medmim.phantom import write_phantom
 
 BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
 TINY = {  # knobs of a network that trains in seconds

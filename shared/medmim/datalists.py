@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,11 +93,12 @@ def load_datalist(
     if not items:
         raise ValueError(f"--dataset_dir {root}: the list of training scans is empty")
 
+    items.sort(key=lambda item: str(item["image"]))
     order = np.random.RandomState(split_seed).permutation(len(items))
     shuffled = [items[i] for i in order]
     if not validation:
-        if all("fold" in item for item in items):
-            part_of = [int(item["fold"]) for item in shuffled]
+        if any("fold" in item for item in items):
+            part_of = [_fold_of(item) for item in shuffled]
         else:
             part_of = [i % folds for i in range(len(shuffled))]
         validation = [item for item, part in zip(shuffled, part_of, strict=True) if part == fold]
@@ -108,6 +110,13 @@ def load_datalist(
         )
     keep = int(np.ceil(label_fraction * len(shuffled) - 1e-9))
     return Datalist(training=shuffled[:keep], validation=sorted(validation, key=lambda item: str(item["image"])))
+
+
+def _fold_of(item: Item) -> int:
+    try:
+        return int(item["fold"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{item['image']}: its fold is {item.get('fold')!r}: number each scan, or none") from None
 
 
 def _read(root: Path, datalist: Path | None, labelled: bool) -> tuple[list[Item], list[Item]]:
@@ -137,12 +146,14 @@ def _read_decathlon(path: Path, root: Path, labelled: bool) -> tuple[list[Item],
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected a Decathlon list with the key 'training' ({error!r})") from error
     lists = []
-    for key, entries in (("training", training), ("validation", content.get("validation", []))):
+    for key, entries in (("training", training), ("validation", content.get("validation") or [])):
+        if not isinstance(entries, list) or not all(isinstance(entry, str | dict) for entry in entries):
+            raise ValueError(f"{path}: '{key}' must be a list of {{'image': file, 'label': file}}")
         items = []
         for index, entry in enumerate(entries):
             entry = {"image": entry} if isinstance(entry, str) else dict(entry)
-            if "image" not in entry or (labelled and "label" not in entry):
-                missing = "image" if "image" not in entry else "label"
+            if not entry.get("image") or (labelled and not entry.get("label")):
+                missing = "label" if entry.get("image") else "image"
                 raise ValueError(f"{path}: entry {index} of '{key}' has no '{missing}': {entry}")
             items.append(_absolute(entry, root))
         lists.append(items)
@@ -175,6 +186,10 @@ def _absolute(item: Item, root: Path) -> Item:
 
 def _check_files(items: list[Item], labelled: bool) -> None:
     missing = []
+    times = Counter(str(item["image"]) for item in items)
+    twice = [name for name, count in times.items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]}: listed {times[twice[0]]} times, {len(twice)} scans in all: list each scan once")
     for item in items:
         images = [item["image"]] if isinstance(item["image"], str) else item["image"]
         missing += [f"{path}: no such file" for path in images if not Path(path).is_file()]

@@ -55,7 +55,8 @@ def describe_network(network: nn.Module, img_size: Sequence[int]) -> dict[str, A
     if isinstance(network, FeatureExtractor):
         return {"name": "FeatureExtractor", "arguments": describe_vit(network.encoder, img_size)}
     if isinstance(network, UNETR):
-        own = {"out_channels": network.out.conv.conv.out_channels, "feature_size": network.out.conv.conv.in_channels}
+        head = network.out.conv.conv
+        own = {"out_channels": head.out_channels, "feature_size": head.in_channels, "norm_name": network.norm_name}
         return {"name": "UNETR", "arguments": describe_vit(network.vit, img_size) | own}
     raise ValueError(f"cannot describe a {type(network).__name__}: expected ViT, FeatureExtractor or UNETR")
 

@@ -278,7 +278,7 @@ def draw_reconstruction(
     network.train(was_training)
     hidden = hidden_voxels(mask, loss.patch_size)
     masked = image.masked_fill(hidden, float("nan"))
-    reconstruction = torch.where(hidden, prediction, image)  # nothing taught the network to predict visible patches
+    reconstruction = torch.where(hidden, prediction, image)  # visible patches as they are
     target = "patches normalised: mean and contrast from the original" if loss.normalize_target else "raw intensities"
     columns = {"original": image, "masked": masked, "reconstruction": reconstruction}
     return reconstruction_figure(

@@ -77,7 +77,7 @@ def build_encoder(path: str | Path) -> nn.Module:
     if description is None:
         raise ValueError(f"{path}: carries no description: build the network yourself and use load_encoder")
     encoder = build_network(description)
-    encoder.load_state_dict(state_dict, strict=True)
+    _load_strictly(encoder, state_dict, path)
     return encoder
 
 
@@ -184,7 +184,10 @@ def load_checkpoint(network: nn.Module, path: str | Path) -> None:
     Raises:
         ValueError: when names or shapes differ.
     """
-    state_dict, _ = read_checkpoint(path)
+    _load_strictly(network, read_checkpoint(path)[0], path)
+
+
+def _load_strictly(network: nn.Module, state_dict: dict[str, Tensor], path: str | Path) -> None:
     expected = network.state_dict()
     faults = [f"{name} is missing" for name in expected.keys() - state_dict.keys()]
     faults += [f"{name} is unknown" for name in state_dict.keys() - expected.keys()]
@@ -287,12 +290,14 @@ def _fit_positions(
         side = round(positions.shape[1] ** (1 / len(target_grid)))
         if side ** len(target_grid) == positions.shape[1]:
             source_grid = (side,) * len(target_grid)
-    if positions.shape == current.shape and (source_grid is None or target_grid is None or source_grid == target_grid):
+    # a bare ViT does not know its grid; a cubic one with as many tokens is taken for the same
+    same = source_grid == target_grid if target_grid is not None else source_grid is None or len(set(source_grid)) == 1
+    if positions.shape == current.shape and (source_grid is None or same):
         return positions, False
     if source_grid is None or target_grid is None or prod(target_grid) != current.shape[1]:
         raise ValueError(
-            f"{path}: {positions.shape[1]} positions for a network with {current.shape[1]}: give img_size, "
-            "so that they can be resized"
+            f"{path}: positions of a grid {source_grid or positions.shape[1]} for a network with {current.shape[1]} "
+            "tokens: give img_size, so that they can be resized"
         )
     features = positions.shape[-1]
     grid = positions.reshape(1, *source_grid, features).movedim(-1, 1)

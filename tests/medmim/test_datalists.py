@@ -126,6 +126,20 @@ def test_fold_key_is_the_split(decathlon):
     assert sorted(names(split.training)) == ["c00.nii.gz", "c02.nii.gz", "c03.nii.gz", "c05.nii.gz"]
 
 
+def test_no_validation_is_no_fault(decathlon):
+    assert len(load_datalist(decathlon(10, validation=None)).validation) == 2
+
+
+@pytest.mark.parametrize("fold", [None, "first"])
+def test_faulty_fold_of_a_scan(decathlon, fold):
+    root = decathlon(4)
+    entries = json.loads((root / "dataset.json").read_text())["training"]
+    entries = [entry | {"fold": i % 2} for i, entry in enumerate(entries)]
+    entries[2] = {key: value for key, value in entries[2].items() if key != "fold"} | ({"fold": fold} if fold else {})
+    with pytest.raises(ValueError, match=rf"c02\.nii\.gz: its fold is {fold!r}: number each scan, or none$"):
+        load_datalist(decathlon(4, training=entries), folds=2)
+
+
 def test_an_image_may_be_one_file_for_each_channel(tmp_path):
     entries = [{"image": [f"t1_{i}.nii", f"t2_{i}.nii"], "label": f"l_{i}.nii"} for i in range(4)]
     for entry in entries:
@@ -266,6 +280,15 @@ def test_faulty_json(tmp_path, content):
         load_datalist(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "key"), [({"training": 5}, "training"), ({"training": ["a"], "validation": [1]}, "validation")]
+)
+def test_json_without_a_list_of_scans(tmp_path, content, key):
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"dataset\.json: '{key}' must be a list of"):
+        load_datalist(tmp_path, labelled=False)
+
+
 def test_json_that_is_no_text(tmp_path):
     (tmp_path / "dataset.json").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ValueError, match="expected a Decathlon list"):
@@ -273,7 +296,14 @@ def test_json_that_is_no_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("entry", "missing"), [({"label": "l.nii"}, "image"), ({"image": "a.nii"}, "label"), ("a.nii", "label")]
+    ("entry", "missing"),
+    [
+        ({"label": "l.nii"}, "image"),
+        ({"image": None}, "image"),
+        ({"image": "a.nii"}, "label"),
+        ({"image": "a.nii", "label": ""}, "label"),
+        ("a.nii", "label"),
+    ],
 )
 def test_entry_without_image_or_label(tmp_path, entry, missing):
     (tmp_path / "dataset.json").write_text(json.dumps({"training": [entry]}))

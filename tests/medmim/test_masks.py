@@ -141,7 +141,7 @@ def test_several_keys_share_a_mask():
     assert set(RandPatchMaskd(["t1", "t2"], 4, 0.5)(data)) == {"t1", "t2", "mask"}
 
 
-def test_batches_hold_plain_boolean_masks_that_differ_between_workers_and_samples():
+def test_batches_hold_plain_boolean_masks_that_differ():
     transform = RandPatchMaskd("image", 4, 0.5)
     data = [{"image": torch.zeros(1, 16, 24, 8)}] * 4
     batch = next(iter(DataLoader(Dataset(data, transform), batch_size=4)))

@@ -18,10 +18,15 @@ class FeatureExtractor(nn.Module):
     Args:
         encoder: MONAI ``ViT`` without class token.
         img_size: voxels along each axis.
+
+    Raises:
+        ValueError: when the patch does not divide ``img_size``, or the encoder has a class token.
     """
 
     def __init__(self, encoder: ViT, img_size: Sequence[int] | int) -> None:
         super().__init__()
+        if encoder.classification:
+            raise ValueError("the encoder must be a ViT with classification=False: there is no class token")
         patch_size = vit_patch_size(encoder)
         self.encoder = encoder
         self.img_size = ensure_tuple_rep(img_size, len(patch_size))

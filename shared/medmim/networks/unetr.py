@@ -62,6 +62,7 @@ class UNETR(nn.Module):
             raise ValueError(f"roi_size {img_size} holds one patch of {patch} voxels: enlarge it, or take smaller ones")
         if num_layers < 4:
             raise ValueError(f"UNETR takes skips from three depths of the ViT: num_layers {num_layers} is below 4")
+        self.norm_name = norm_name
         self.skip_ids = [k * num_layers // 4 for k in (1, 2, 3)]
         self.vit = ViT(
             in_channels=in_channels,
