@@ -138,8 +138,8 @@ def load_encoder(
     Args:
         network: holds one MONAI ``ViT``: a ``ViT`` itself, MONAI's or our ``UNETR``, a pretext network.
         path: ``encoder.pt``, or a checkpoint that holds a ViT with MONAI's names behind any prefix.
-        img_size: voxels that the network was built for; needed only when the grids differ and the network does not
-            know its own (a bare ``ViT``).
+        img_size: voxels that the network was built for; needed only for a bare ``ViT``, which does not know its grid,
+            when it has another one than the file (as many tokens are taken for the same grid without it).
         allow_new: beginnings of tensor names that may stay as they are when the file has nothing for them (for
             example ``patch_embedding.patch_embeddings`` between stems of 2 and 4 channels).
 
@@ -290,9 +290,8 @@ def _fit_positions(
         side = round(positions.shape[1] ** (1 / len(target_grid)))
         if side ** len(target_grid) == positions.shape[1]:
             source_grid = (side,) * len(target_grid)
-    # a bare ViT does not know its grid; a cubic one with as many tokens is taken for the same
-    same = source_grid == target_grid if target_grid is not None else source_grid is None or len(set(source_grid)) == 1
-    if positions.shape == current.shape and (source_grid is None or same):
+    unknown = source_grid is None or target_grid is None  # then as many tokens are taken for the same grid
+    if positions.shape == current.shape and (unknown or source_grid == target_grid):
         return positions, False
     if source_grid is None or target_grid is None or prod(target_grid) != current.shape[1]:
         raise ValueError(

@@ -161,12 +161,16 @@ def test_positions_without_a_description_are_taken_for_a_cube(tiny_vit, tmp_path
 
 def test_positions_that_cannot_be_resized_are_refused(saved, tiny_vit, tmp_path):
     vit, path = saved()
-    with pytest.raises(ValueError, match="6 positions for a network with 12: give img_size"):
+    with pytest.raises(
+        ValueError, match=r"positions of a grid \(2, 3, 1\) for a network with 12 tokens: give img_size"
+    ):
         load_encoder(tiny_vit(1, (16, 24, 16)), path)
-    with pytest.raises(ValueError, match="6 positions for a network with 12: give img_size"):
+    with pytest.raises(
+        ValueError, match=r"positions of a grid \(2, 3, 1\) for a network with 12 tokens: give img_size"
+    ):
         load_encoder(tiny_vit(1, (16, 24, 16)), path, img_size=(16, 16, 16))
     torch.save(vit.state_dict(), tmp_path / "w.pt")  # 6 tokens are no cube
-    with pytest.raises(ValueError, match="6 positions for a network with 12"):
+    with pytest.raises(ValueError, match="positions of a grid 6 for a network with 12"):
         load_encoder(tiny_vit(1, (16, 24, 16)), tmp_path / "w.pt", img_size=(16, 24, 16))
 
 
