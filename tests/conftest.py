@@ -26,7 +26,7 @@ TINY = {  # knobs of a network that trains in seconds
     "num_layers": 4,
     "num_heads": 4,
     "epochs": 2,
-    "warmup_epochs": 1,
+    "warmup_epochs": 0,
     "batch_size": 2,
     "crops_per_scan": 2,
     "val_interval": 1,
@@ -105,27 +105,33 @@ def run_bundle(phantom_dir: Path, coarse_preset: Path) -> Callable[..., ConfigWo
         settings |= {"device": "$torch.device('cpu')", "amp": False}
         if "train" in configs:
             settings |= {"dataset": str(coarse_preset)} | TINY | TINY_OF[bundle]
+        settings |= {key: str(value) if isinstance(value, Path) else value for key, value in knobs.items()}
         search_path = sys.path.copy()
-        try:
-            with chdir(BUNDLES / bundle):
-                workflow = ConfigWorkflow(
-                    config_file=[f"configs/{name}.yaml" for name in configs],
-                    logging_file=False,
-                    workflow_type="train" if "train" in configs else "infer",
-                    **settings
-                    | {key: str(value) if isinstance(value, Path) else value for key, value in knobs.items()},
-                )
+        with chdir(BUNDLES / bundle):
+            workflow = ConfigWorkflow(
+                config_file=[f"configs/{name}.yaml" for name in configs],
+                logging_file=False,
+                workflow_type="train" if "train" in configs else "infer",
+                **settings,
+            )
+            try:
                 workflow.initialize()
                 workflow.run()
                 workflow.finalize()
-            if knobs.get("num_workers"):  # stop the workers now: as cyclic garbage they would keep it waiting
-                workflow.parser.get_parsed_content("train#dataloader")._iterator = None
-        finally:
-            sys.path[:] = search_path
-            set_determinism(None)
+            finally:
+                stop_workers(workflow)
+                sys.path[:] = search_path
+                set_determinism(None)
         return workflow
 
     return run
+
+
+def stop_workers(workflow: ConfigWorkflow) -> None:
+    """Stop a loader's workers now: collected later, as cyclic garbage, each would keep the tests waiting for 5 s."""
+    loader = workflow.parser.ref_resolver.resolved_content.get("train::dataloader")
+    if getattr(loader, "_iterator", None) is not None:
+        loader._iterator._shutdown_workers()
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,23 @@ def check_switches(**switches: Any) -> None:
         raise ValueError(f"{', '.join(wrong)}: a switch must be True or False, with a capital letter")
 
 
+def check_schedule(epochs: int, warmup_epochs: int, learning_rate: float, layer_decay: float = 1.0) -> None:
+    """Refuse a schedule under which nothing would be learned.
+
+    Raises:
+        ValueError: naming the knobs and the numbers.
+    """
+    if epochs < 1 or not 0 <= warmup_epochs < epochs:
+        raise ValueError(
+            f"--epochs {epochs} with --warmup_epochs {warmup_epochs}: the learning rate would not get beyond its "
+            "warm-up: epochs must be larger, and warmup_epochs 0 or more"
+        )
+    if not learning_rate > 0:
+        raise ValueError(f"--learning_rate {learning_rate}: must be above 0")
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"--layer_decay {layer_decay}: must lie in (0, 1]")
+
+
 def check_data(
     dataset: str,
     dataset_dir: str,
@@ -119,7 +136,9 @@ def check_writable(folder: str | Path) -> None:
             pass
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(f"folder {folder} is not writable ({reason}): choose another (--output_dir)") from error
+        raise ValueError(
+            f"folder {folder} is not writable ({reason}): choose another (--output_dir, --models_dir)"
+        ) from error
 
 
 def check_scans(
@@ -189,7 +208,8 @@ def check_sizes(
     """
     if not isinstance(roi_size, list | tuple) or len(roi_size) != spatial_dims:
         raise ValueError(f'--roi_size {roi_size}: expected {spatial_dims} numbers in voxels, as in "[96, 96, 96]"')
-    if allowed_patch_sizes is not None and patch_size not in allowed_patch_sizes:
+    sizes = set(patch_size) if isinstance(patch_size, list | tuple) else {patch_size}
+    if allowed_patch_sizes is not None and (len(sizes) > 1 or not sizes <= set(allowed_patch_sizes)):
         allowed = ", ".join(map(str, allowed_patch_sizes))
         raise ValueError(f"--patch_size {patch_size}: this network needs one of {allowed}, the same on each axis")
     for knob, size in (("patch_size", patch_size), ("mask_unit", mask_unit)):

@@ -64,6 +64,7 @@ def run_engine(engine: Engine) -> None:
 check_data = ends_plainly(checks.check_data)
 check_inference = ends_plainly(checks.check_inference)
 check_same_dataset = ends_plainly(checks.check_same_dataset)
+check_schedule = ends_plainly(checks.check_schedule)
 check_scans = ends_plainly(checks.check_scans)
 check_switches = ends_plainly(checks.check_switches)
 check_sizes = ends_plainly(checks.check_sizes)

@@ -48,14 +48,14 @@ class StopOnNonFiniteLoss:
             iteration = (state.iteration - 1) % state.epoch_length + 1
             raise NonFiniteLossError(
                 f"the loss is {loss} in epoch {state.epoch}, iteration {iteration}, with "
-                f"{', '.join(batch_files(state.batch))}: lower learning_rate, or set amp to false"
+                f"{', '.join(batch_files(state.batch))}: lower --learning_rate, or try --amp False"
             )
 
 
 def batch_files(batch: Any) -> list[str]:
-    """Names of the image files in a collated batch."""
+    """Names of the image files in a collated batch, each once, however many crops of it there are."""
     names = getattr(batch["image"], "meta", {}).get("filename_or_obj", "unknown files")
-    return [names] if isinstance(names, str) else [str(name) for name in names]
+    return [names] if isinstance(names, str) else list(dict.fromkeys(str(name) for name in names))
 
 
 class SaveCheckpoint:

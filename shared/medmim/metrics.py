@@ -83,7 +83,8 @@ class SegmentationScores(Metric):
             writer.writerows(sorted(self.rows, key=lambda row: row["case"]))
 
     def _score(self, prediction: torch.Tensor, reference: torch.Tensor) -> list[dict[str, Any]]:
-        name = str(getattr(reference, "meta", {}).get("filename_or_obj", "?"))
+        meta = getattr(prediction, "meta", {}) or getattr(reference, "meta", {})
+        name = str(meta.get("filename_or_obj", "?"))  # the scan's, which the prediction has from the image
         if prediction.shape != reference.shape:
             raise ValueError(f"{name}: prediction {tuple(prediction.shape)}, reference {tuple(reference.shape)}")
         affine = getattr(reference, "affine", torch.eye(4))

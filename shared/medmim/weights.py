@@ -92,11 +92,11 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: no such file: train first, or correct the path")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch raise anything, also IndexError or struct.error
-        reason = " ".join(str(error).split())[:150]
+        reason = " ".join(str(error).split()).split(". ")[0][:150]
         raise ValueError(f"{path}: not readable as a checkpoint of plain tensors ({reason}): get it again") from error
     description = content.get("description") if isinstance(content, dict) else None
     if not isinstance(description, dict) or "format_version" not in description:

@@ -126,9 +126,11 @@ def test_required_properties_are_there(
     coarse_preset: Path,
     pretrained: Path,
     finetuned: Path,
+    tmp_path: Path,
 ) -> None:
     trained = {"mae_vit_pretraining": pretrained, "unetr_segmentation": finetuned}[bundle.name]
     knobs = {"dataset_dir": str(phantom_dir), "models_dir": str(trained / "models"), "num_workers": 0}
+    knobs["output_dir"] = str(tmp_path)
     if config == "train":
         knobs |= {"dataset": str(coarse_preset), "cache_rate": 0.0, "num_layers": 4, "hidden_size": 48, "num_heads": 4}
     with chdir(bundle):

@@ -72,7 +72,9 @@ def test_non_finite_loss_ends_the_training_before_the_step(value):
 
     trainer = trainer_of(network, loss, handlers=[StopOnNonFiniteLoss()])
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: weights.append(network.weight.detach().clone()))
-    message = rf"the loss is {value} in epoch 2, iteration 2, with /data/s2\.nii\.gz, /data/s3\.nii\.gz: lower learning"
+    message = (
+        rf"the loss is {value} in epoch 2, iteration 2, with /data/s2\.nii\.gz, /data/s3\.nii\.gz: lower --learning"
+    )
     with pytest.raises(NonFiniteLossError, match=message) as error:
         trainer.run()
     assert "\n" not in str(error.value)

@@ -152,9 +152,9 @@ def test_mean_is_over_classes_first_then_over_cases():
     small = (2, (15, 15, 15), (17, 17, 17))
     first = scan([CUBE, small], name="a.nii")
     second = scan([CUBE], name="b.nii")
-    scores.update(([scan([CUBE])], [first]))  # cube 1, box 0: 0.5
-    scores.update(([scan([(1, (4, 4, 8), (12, 12, 16))])], [second]))  # cube 0.5, box in neither: 0.5
-    scores.update(([first], [scan([CUBE, small], name="c.nii")]))  # 1
+    scores.update(([scan([CUBE], name="a.nii")], [first]))  # cube 1, box 0: 0.5
+    scores.update(([scan([(1, (4, 4, 8), (12, 12, 16))], name="b.nii")], [second]))  # cube 0.5, box in neither: 0.5
+    scores.update(([scan([CUBE, small], name="c.nii")], [scan([CUBE, small], name="label_of_c.nii")]))  # 1
     assert scores.compute() == pytest.approx((0.5 + 0.5 + 1) / 3)
     assert scores.summary()["dice cube"] == pytest.approx((1 + 0.5 + 1) / 3)
     assert scores.summary()["dice box"] == pytest.approx((0 + 1) / 2)
@@ -170,7 +170,7 @@ def test_case_mean_of_rows():
 
 def test_csv(tmp_path):
     scores = SegmentationScores(LABELS, 3.0)
-    scores.update(([scan([CUBE]), scan([CUBE])], [scan([CUBE], name="b.nii"), scan([CUBE], name="a.nii")]))
+    scores.update(([scan([CUBE], name="b.nii"), scan([CUBE], name="a.nii")], [scan([CUBE]), scan([CUBE])]))
     scores.write_csv(tmp_path / "scores.csv")
     with (tmp_path / "scores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -368,7 +368,7 @@ def test_file_of_another_kind(tmp_path, content):
 
 
 def test_missing_file(tmp_path, tiny_vit):
-    with pytest.raises(ValueError, match=f"^{tmp_path}/w.pt: no such file$"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}/w.pt: no such file: train first, or correct the path$"):
         load_encoder(tiny_vit(), tmp_path / "w.pt")
 
 
