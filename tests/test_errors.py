@@ -205,6 +205,27 @@ def test_too_few_scans(one_line: Callable, data: Path, bundle: str) -> None:
     assert "add scans or lower folds" in message
 
 
+@both
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        (
+            {"epochs": 2, "warmup_epochs": 2},
+            "--epochs 2 with --warmup_epochs 2: the learning rate would not get beyond its warm-up: "
+            "epochs must be larger, and warmup_epochs 0 or more",
+        ),
+        ({"learning_rate": -0.1}, "--learning_rate -0.1: must not be negative"),
+    ],
+    ids=["warm-up", "negative rate"],
+)
+def test_schedule_under_which_nothing_is_learned(one_line: Callable, bundle: str, knobs: dict, message: str) -> None:
+    assert one_line(bundle, **knobs) == message
+
+
+def test_layer_decay_out_of_range(one_line: Callable) -> None:
+    assert one_line(UNETR, layer_decay=2) == "--layer_decay 2: must lie in (0, 1]"
+
+
 def test_label_fraction_out_of_range(one_line: Callable) -> None:
     assert one_line(UNETR, label_fraction=10) == "--label_fraction 10: must lie in (0, 1]"
 

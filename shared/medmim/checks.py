@@ -51,8 +51,8 @@ def check_schedule(epochs: int, warmup_epochs: int, learning_rate: float, layer_
             f"--epochs {epochs} with --warmup_epochs {warmup_epochs}: the learning rate would not get beyond its "
             "warm-up: epochs must be larger, and warmup_epochs 0 or more"
         )
-    if not learning_rate > 0:
-        raise ValueError(f"--learning_rate {learning_rate}: must be above 0")
+    if not learning_rate >= 0:
+        raise ValueError(f"--learning_rate {learning_rate}: must not be negative")
     if not 0 < layer_decay <= 1:
         raise ValueError(f"--layer_decay {layer_decay}: must lie in (0, 1]")
 
@@ -208,8 +208,8 @@ def check_sizes(
     """
     if not isinstance(roi_size, list | tuple) or len(roi_size) != spatial_dims:
         raise ValueError(f'--roi_size {roi_size}: expected {spatial_dims} numbers in voxels, as in "[96, 96, 96]"')
-    sizes = set(patch_size) if isinstance(patch_size, list | tuple) else {patch_size}
-    if allowed_patch_sizes is not None and (len(sizes) > 1 or not sizes <= set(allowed_patch_sizes)):
+    along_axes = set(ensure_tuple_rep(patch_size, spatial_dims))
+    if allowed_patch_sizes is not None and (len(along_axes) > 1 or not along_axes <= set(allowed_patch_sizes)):
         allowed = ", ".join(map(str, allowed_patch_sizes))
         raise ValueError(f"--patch_size {patch_size}: this network needs one of {allowed}, the same on each axis")
     for knob, size in (("patch_size", patch_size), ("mask_unit", mask_unit)):

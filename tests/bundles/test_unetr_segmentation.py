@@ -64,7 +64,7 @@ def test_description_builds_the_model(finetuned: Path) -> None:
 
 def test_the_best_model_is_kept(run_bundle: Run, tmp_path: Path) -> None:
     # one step in an epoch: the first at the warm-up's rate 0, the second so large that it spoils the network
-    run_bundle(BUNDLE, "train", folder=tmp_path, batch_size=4, learning_rate=1.0)
+    run_bundle(BUNDLE, "train", folder=tmp_path, batch_size=4, learning_rate=1.0, warmup_epochs=1)
     run_bundle(BUNDLE, "train", folder=tmp_path / "start", batch_size=4, learning_rate=0.0)
     scores = [float(row["mean_dice"]) for row in rows(tmp_path / "output" / "scalars.csv")]
     weights = [final_weights(tmp_path / "start"), final_weights(tmp_path)]  # after each epoch
