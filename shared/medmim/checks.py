@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from medmim.datalists import Datalist, Item, find_items, load_datalist
 from medmim.datasets import Preset, get_preset
 from medmim.description import read_description, read_preset
+from medmim.files import replace_file
 from medmim.networks.patches import grid_size
 from medmim.transforms import ScanError, hidden_count
 from medmim.transforms.scans import check_image, check_label, load_scan
@@ -38,6 +39,36 @@ def check_switches(**switches: Any) -> None:
     wrong = [f"--{name} {value}" for name, value in switches.items() if not isinstance(value, bool)]
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: a switch must be True or False, with a capital letter")
+
+
+def check_knobs(
+    whole: Mapping[str, Any],
+    one_of: Mapping[str, Sequence[Any]] | None = None,
+    divisible: Mapping[str, Sequence[Any]] | None = None,
+) -> None:
+    """Check plain values of knobs; all faults are reported together.
+
+    Args:
+        whole: name and value of knobs that must be whole numbers of at least 1.
+        one_of: name, and then the value followed by the allowed ones.
+        divisible: name, and then the value and a number that must divide it.
+
+    Raises:
+        ValueError: one line for each fault.
+    """
+    faults = [
+        f"--{name} {value}: expected a whole number of at least 1"
+        for name, value in whole.items()
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1
+    ]
+    for name, (value, *allowed) in (one_of or {}).items():
+        if value not in allowed:
+            faults.append(f"--{name} {value}: expected {' or '.join(map(str, allowed))}")
+    for name, (value, divisor) in (divisible or {}).items():
+        if isinstance(value, int) and isinstance(divisor, int) and divisor > 0 and value % divisor:
+            faults.append(f"--{name} {value}: expected a multiple of {divisor}")
+    if faults:
+        raise ValueError("\n".join(faults))
 
 
 def check_schedule(epochs: int, warmup_epochs: int, learning_rate: float, layer_decay: float = 1.0) -> None:
@@ -158,33 +189,43 @@ def check_scans(
 
     Raises:
         ScanError: one line for each faulty scan.
+        ValueError: when there are label maps for training, but none has any foreground.
     """
+    training = items.training if isinstance(items, Datalist) else items
     if isinstance(items, Datalist):
         items = items.training + items.validation
-    remember = None if remember is None else Path(remember)
-    known = json.loads(remember.read_text()) if remember is not None and remember.is_file() else {}
-    rules = f"{list(preset.channels)} {preset.label_values}"
-    faults, small = [], []
+    known = {} if remember is None else _read_remembered(Path(remember))
+    rules = f"{list(preset.channels)} {preset.label_values} {preset.window} {len(preset.roi_size)}"
+    faults, small, empty = [], [], []
     bar = tqdm(items, desc="checking scans", disable=None, leave=False)
     for item in bar:
         key = json.dumps([item["image"], item.get("label")])
         state = [rules, *_file_state(item)]
         if known.get(key, {}).get("state") != state:
             try:
-                shape, spacing = _check_scan(item, preset)
+                known[key] = {"state": state} | _check_scan(item, preset)
             except ScanError as error:
                 faults.append(str(error))
                 continue
-            known[key] = {"state": state, "shape": shape, "spacing": spacing}
+        if known[key]["foreground"] is False:
+            empty.append(item["label"])
         if roi_size is not None:
             size = _resampled_size(known[key]["shape"], known[key]["spacing"], preset)
             if any(n < roi for n, roi in zip(size, roi_size, strict=True)):
                 small.append((item["image"], size))
+    if remember is not None:
+        replace_file(remember, lambda path: path.write_text(json.dumps(known)))
     if faults:
         summary = [f"{len(faults)} of {len(items)} scans cannot be used"] if len(faults) > 1 else []
         raise ScanError("\n".join([*faults, *summary]))
-    if remember is not None:
-        remember.write_text(json.dumps(known))
+    labels = {item["label"] for item in training if "label" in item}
+    if labels and labels <= set(empty):
+        raise ValueError(
+            f"{empty[0]}: no foreground, as in all {len(labels)} label maps for training: nothing could be learned: "
+            "correct them, or choose others (--dataset_dir, --datalist)"
+        )
+    if empty:
+        logger.warning(f"{len(empty)} of {len(items)} label maps have no foreground, for example {empty[0]}")
     if small and roi_size is not None:
         name, size = small[0]
         logger.warning(
@@ -197,7 +238,7 @@ def check_sizes(
     roi_size: Sequence[int],
     patch_size: Sequence[int] | int,
     mask_unit: Sequence[int] | int | None = None,
-    mask_ratio: float = 0.0,
+    mask_ratio: float | None = None,
     allowed_patch_sizes: Sequence[int] | None = None,
     spatial_dims: int = 3,
 ) -> None:
@@ -226,18 +267,50 @@ def check_sizes(
     unit = patch if mask_unit is None else ensure_tuple_rep(mask_unit, len(roi_size))
     if any(u % p for u, p in zip(unit, patch, strict=True)):
         raise ValueError(f"--mask_unit {mask_unit} is not a multiple of --patch_size {patch_size}")
-    hidden_count(mask_ratio, prod(grid_size(roi_size, unit)))
+    if allowed_patch_sizes is not None and max(grid_size(roi_size, patch)) < 2:
+        raise ValueError(f"--roi_size {list(roi_size)} holds one patch of {patch_size} voxels only: enlarge it")
+    n_units = prod(grid_size(roi_size, unit))
+    if mask_ratio is not None and hidden_count(mask_ratio, n_units) == 0:
+        raise ValueError(f"--mask_ratio {mask_ratio} hides none of {n_units} units: there would be nothing to learn")
 
 
-def _check_scan(item: Item, preset: Preset) -> tuple[list[int], list[float]]:
-    """Check one scan; returns its size in voxels and its spacing in mm, in the file's axes."""
+def _read_remembered(path: Path) -> dict[str, dict[str, Any]]:
+    """Scans that an earlier run found good; none when the file is missing or damaged: they are read again."""
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    whole = {"state", "shape", "spacing", "foreground"}
+    entries = known.items() if isinstance(known, dict) else ()
+    return {key: entry for key, entry in entries if isinstance(entry, dict) and entry.keys() == whole}
+
+
+def _check_scan(item: Item, preset: Preset) -> dict[str, Any]:
+    """Check one scan.
+
+    Returns:
+        ``shape`` in voxels and ``spacing`` in mm, in the file's axes; ``foreground``, whether the label map has any,
+        ``None`` without a label map.
+
+    Raises:
+        ScanError: naming the file and what was found.
+    """
     name = item["image"] if isinstance(item["image"], str) else item["image"][0]
     image = load_scan(item["image"])
-    check_image(image, name, len(preset.channels))
+    check_image(image, name, len(preset.channels), len(preset.roi_size))
+    lowest, highest = float(image.min()), float(image.max())
+    if preset.window is not None and (highest <= preset.window[0] or lowest >= preset.window[1]):
+        raise ScanError(
+            f"{name}: constant image after the preset's window {list(preset.window)}, voxels lie in [{lowest:g}, "
+            f"{highest:g}]: remove the file, or choose a preset with another window (--dataset)"
+        )
+    foreground = None
     if "label" in item:
-        check_label(load_scan(item["label"]), image, item["label"], preset.label_values)
+        label = load_scan(item["label"])
+        check_label(label, image, item["label"], preset.label_values)
+        foreground = bool(label.round().any())
     pixdim = getattr(image, "pixdim", torch.ones(image.ndim - 1))
-    return list(image.shape[1:]), [float(p) for p in pixdim]
+    return {"shape": list(image.shape[1:]), "spacing": [float(p) for p in pixdim], "foreground": foreground}
 
 
 def _file_state(item: Item) -> list[int]:

@@ -6,6 +6,7 @@ other modules, which raise ``ValueError``.
 
 from __future__ import annotations
 
+import logging
 import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,8 @@ from ignite.engine import Engine
 from monai.data import CacheDataset
 
 from medmim import checks, optim, phantom, weights
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,14 +58,22 @@ def cache_scans(data: Sequence[Any], transform: Callable, cache_rate: float, num
         return CacheDataset(data, transform, cache_rate=cache_rate, num_workers=num_workers)
 
 
-def run_engine(engine: Engine) -> None:
-    """Run a MONAI trainer or evaluator; a fault of ours inside ends it plainly."""
+def run_engine(engine: Engine, results: str | None = None) -> None:
+    """Run a MONAI trainer or evaluator; a fault of ours inside ends it plainly.
+
+    Args:
+        engine: trainer or evaluator.
+        results: where its results are, for a last line in the log.
+    """
     with plain_faults():
         engine.run()
+    if results is not None:
+        logger.info(f"done, results are in {results}")
 
 
 check_data = ends_plainly(checks.check_data)
 check_inference = ends_plainly(checks.check_inference)
+check_knobs = ends_plainly(checks.check_knobs)
 check_same_dataset = ends_plainly(checks.check_same_dataset)
 check_schedule = ends_plainly(checks.check_schedule)
 check_scans = ends_plainly(checks.check_scans)
@@ -70,5 +81,6 @@ check_switches = ends_plainly(checks.check_switches)
 check_sizes = ends_plainly(checks.check_sizes)
 freeze_encoder = ends_plainly(optim.freeze_encoder)
 load_checkpoint = ends_plainly(weights.load_checkpoint)
+load_model = ends_plainly(weights.load_model)
 load_encoder = ends_plainly(weights.load_encoder)
 write_phantom = ends_plainly(phantom.write_phantom)

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from importlib.resources import files
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import yaml
 from monai.transforms import MapTransform, NormalizeIntensityd, ScaleIntensityRanged
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Preset:
             raise ValueError(f"preset {name}: {'; '.join(sorted(faults))}")
         for key in ("channels", "roi_size", "spacing", "window", "crop_ratio"):
             body[key] = None if body[key] is None else tuple(body[key])
-        body["labels"] = {int(value): str(label) for value, label in body["labels"].items()}
+        body["labels"] = {int(value): label for value, label in body["labels"].items()}
         return cls(name=name, **body)
 
     @property
@@ -95,31 +97,59 @@ _DEFAULTS: dict[str, Any] = {
 def _faults(body: Mapping[str, Any]) -> list[str]:
     dims = len(body["roi_size"]) if isinstance(body["roi_size"], list | tuple) else 0
     faults = []
-    if dims not in (2, 3) or any(not isinstance(n, int) or n < 1 for n in body["roi_size"]):
+    if dims not in (2, 3) or any(not _is_whole(n) or n < 1 for n in body["roi_size"]):
         faults.append(f"roi_size must be 2 or 3 positive integers, found {body['roi_size']!r}")
-    if body["spacing"] is not None and (
-        len(body["spacing"]) != dims or any(not isinstance(s, int | float) or s <= 0 for s in body["spacing"])
-    ):
+    if body["spacing"] is not None and (not _are_numbers(body["spacing"], dims) or min(body["spacing"]) <= 0):
         faults.append(f"spacing must be {dims} positive numbers in mm or null, found {body['spacing']!r}")
     if (body["window"] is None) == (body["z_score"] is None):
         faults.append("exactly one of window and z_score must be set")
-    if body["window"] is not None and (len(body["window"]) != 2 or body["window"][0] >= body["window"][1]):
+    if body["window"] is not None and (not _are_numbers(body["window"], 2) or body["window"][0] >= body["window"][1]):
         faults.append(f"window must be [lower, upper], found {body['window']!r}")
     if body["z_score"] not in (None, "all", "nonzero"):
         faults.append(f"z_score must be all, nonzero or null, found {body['z_score']!r}")
-    if not isinstance(body["patch_size"], int) or body["patch_size"] < 1:
+    if not isinstance(body["crop_foreground"], bool):
+        faults.append(f"crop_foreground must be true or false, found {body['crop_foreground']!r}")
+    if not _is_whole(body["patch_size"]) or body["patch_size"] < 1:
         faults.append(f"patch_size must be a positive integer, found {body['patch_size']!r}")
-    if sorted(body["augmentation"]) != ["flip", "intensity", "rotate"]:
+    if not isinstance(body["augmentation"], Mapping) or set(body["augmentation"]) != {"flip", "rotate", "intensity"}:
         faults.append(f"augmentation must give flip, rotate and intensity, found {body['augmentation']!r}")
-    if not isinstance(body["channels"], list | tuple) or not body["channels"]:
-        faults.append(f"channels must be a list of names, found {body['channels']!r}")
-    if not isinstance(body["labels"], Mapping) or any(int(value) < 1 for value in body["labels"]):
-        faults.append(f"labels must map positive values to names, found {body['labels']!r}")
-    return faults
+    elif any(not _is_number(p) or not 0 <= p <= 1 for p in body["augmentation"].values()):
+        faults.append(f"augmentation must give probabilities in [0, 1], found {body['augmentation']!r}")
+    ratio = body["crop_ratio"]
+    if not _are_numbers(ratio, 2) or min(ratio) < 0 or max(ratio) == 0:
+        faults.append(f"crop_ratio must be [foreground, background], not negative and not both 0, found {ratio!r}")
+    if not _is_number(body["surface_tolerance"]) or body["surface_tolerance"] < 0:
+        faults.append(f"surface_tolerance must be a number of mm, found {body['surface_tolerance']!r}")
+    names = body["channels"]
+    if not isinstance(names, list | tuple) or not names or any(not isinstance(name, str) for name in names):
+        faults.append(f"channels must be a list of names, found {names!r}")
+    return faults + _label_faults(body["labels"])
 
 
-def _suggest(word: str, known: Any) -> str:
-    close = get_close_matches(word, list(known), n=2)
+def _label_faults(labels: Any) -> list[str]:
+    if not isinstance(labels, Mapping) or any(not isinstance(name, str) for name in labels.values()):
+        return [f"labels must map positive values to names, {{1: liver}}, found {labels!r}"]
+    for value in labels:
+        whole = _is_whole(value) or (isinstance(value, str) and value.isdecimal())  # JSON has keys of text only
+        if not whole or not 1 <= int(value) <= 255:
+            return [f"labels must map positive values to names, value at most 255 (uint8), found value {value!r}"]
+    return []
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return isinstance(values, list | tuple) and len(values) == count and all(map(_is_number, values))
+
+
+def _suggest(word: Any, known: Any) -> str:
+    close = get_close_matches(str(word), list(known), n=2)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
@@ -164,3 +194,13 @@ def intensity_transform(preset: Preset, keys: str = "image") -> MapTransform:
         lower, upper = preset.window
         return ScaleIntensityRanged(keys, a_min=lower, a_max=upper, b_min=0.0, b_max=1.0, clip=True)
     return NormalizeIntensityd(keys, nonzero=preset.z_score == "nonzero", channel_wise=True)
+
+
+def is_foreground(image: Tensor, preset: Preset) -> Tensor:
+    """Voxels worth keeping when the border is cut away: above the window's lower end, or not zero.
+
+    Args:
+        image: ``(C, *spatial)``, intensities of the file.
+        preset: how its intensities are normalised.
+    """
+    return image > preset.window[0] if preset.window is not None else image != 0

@@ -24,7 +24,7 @@ from medmim.figures import curves_figure, figure_pixels, reconstruction_figure, 
 from medmim.files import replace_file
 from medmim.losses import MaskedReconstructionLoss
 from medmim.metrics import SegmentationScores
-from medmim.networks import unpatchify
+from medmim.networks.patches import hidden_voxels
 from medmim.weights import find_encoder, save_encoder
 
 logger = logging.getLogger(__name__)
@@ -65,10 +65,14 @@ class SaveCheckpoint:
         path: the file; replaced in one step, so that a crash while writing leaves the one before.
         objects: name and object with a ``state_dict``.
         interval: epochs between two checkpoints; the last epoch is always written.
+        made_with: knobs that whoever loads it must give as well; plain values.
     """
 
-    def __init__(self, path: str, objects: Mapping[str, Any], interval: int) -> None:
+    def __init__(
+        self, path: str, objects: Mapping[str, Any], interval: int, made_with: Mapping[str, Any] | None = None
+    ) -> None:
         self.path = path
+        self.made_with = dict(made_with or {})
         self.objects = objects
         self.interval = interval
 
@@ -79,7 +83,7 @@ class SaveCheckpoint:
     def __call__(self, engine: Engine) -> None:
         if engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs:
             content = {name: item.state_dict() for name, item in self.objects.items()}
-            content |= {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
+            content |= {"epoch": engine.state.epoch, "iteration": engine.state.iteration, "made_with": self.made_with}
             replace_file(self.path, lambda temporary: torch.save(content, temporary))
 
 
@@ -261,16 +265,22 @@ class ReconstructionPreview:
         item = item[0] if isinstance(item, list) else item
         image = torch.as_tensor(item["image"]).as_subclass(torch.Tensor).unsqueeze(0).to(self.device)
         mask = item["mask"].unsqueeze(0).to(self.device)
-        figure = draw_reconstruction(self.network, self.loss, image, mask, f"epoch {epoch}")
+        spacing = item["image"].pixdim.tolist()
+        figure = draw_reconstruction(self.network, self.loss, image, mask, f"epoch {epoch}", spacing)
         save_figure(figure, self.output_dir / "previews" / f"epoch_{epoch:04d}.png")
         with SummaryWriter(str(self.output_dir / "tensorboard")) as writer:
             writer.add_image("reconstruction", figure_pixels(figure), epoch, dataformats="HWC")
 
 
 def draw_reconstruction(
-    network: nn.Module, loss: MaskedReconstructionLoss, image: torch.Tensor, mask: torch.Tensor, title: str
+    network: nn.Module,
+    loss: MaskedReconstructionLoss,
+    image: torch.Tensor,
+    mask: torch.Tensor,
+    title: str,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> Any:
-    """Figure of one image ``(1, C, *spatial)`` (first channel), its masked form and its reconstruction."""
+    """Figure of one image ``(1, C, *spatial)`` (first channel), masked and reconstructed; ``spacing`` in mm."""
     was_training = network.training
     network.eval()
     with torch.no_grad():
@@ -279,17 +289,12 @@ def draw_reconstruction(
     hidden = hidden_voxels(mask, loss.patch_size)
     masked = image.masked_fill(hidden, float("nan"))
     reconstruction = torch.where(hidden, prediction, image)  # visible patches as they are
-    target = "patches normalised: mean and contrast from the original" if loss.normalize_target else "raw intensities"
     columns = {"original": image, "masked": masked, "reconstruction": reconstruction}
     return reconstruction_figure(
-        {name: volume[0, 0].float().cpu().numpy() for name, volume in columns.items()}, f"{title}; target: {target}"
+        {name: volume[0, 0].float().cpu().numpy() for name, volume in columns.items()},
+        f"{title}; target: {loss.target_name}",
+        spacing,
     )
-
-
-def hidden_voxels(mask: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
-    """Token mask ``(B, *grid)`` as a voxel mask ``(B, 1, *spatial)``."""
-    tokens = mask.flatten(1).unsqueeze(-1).expand(-1, -1, math.prod(patch_size))
-    return unpatchify(tokens, patch_size, mask.shape[1:])
 
 
 class SaveScores:

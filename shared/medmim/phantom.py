@@ -83,8 +83,17 @@ def write_phantom(folder: str | Path, n_cases: int = 24, seed: int = 0) -> None:
         folder: gets ``imagesTr``, ``labelsTr`` and ``dataset.json``.
         n_cases: number of cases.
         seed: of the first case; the others follow.
+
+    Raises:
+        ValueError: when the folder holds anything else.
     """
     folder = Path(folder)
+    listed = folder / "dataset.json"
+    if folder.is_dir() and any(folder.iterdir()) and not _is_phantom(listed):
+        raise ValueError(
+            f"--dataset_dir {folder}: holds other data, phantom scans are not written into it: for a small network on "
+            "data of your own leave demo.yaml away and set its knobs"
+        )
     affine = np.diag([*SPACING, 1.0])
     affine[:3, 3] = [-s * (n - 1) / 2 for n, s in zip(SIZE, SPACING, strict=True)]
     training = []
@@ -107,4 +116,11 @@ def write_phantom(folder: str | Path, n_cases: int = 24, seed: int = 0) -> None:
         "numTraining": n_cases,
         "training": training,
     }
-    (folder / "dataset.json").write_text(json.dumps(content, indent=2) + "\n")
+    listed.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _is_phantom(listed: Path) -> bool:
+    try:
+        return bool(json.loads(listed.read_text(encoding="utf-8"))["name"] == "phantom")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from monai.transforms import MapTransform
 from torch import Tensor, nn
 
 from medmim.figures import reconstruction_figure, save_figure
-from medmim.handlers import hidden_voxels
 from medmim.losses import MaskedReconstructionLoss
 from medmim.networks import MaskedAutoencoder
+from medmim.networks.patches import hidden_voxels
 from medmim.transforms import RandPatchMaskd
 
 
@@ -61,12 +62,16 @@ class SplitReconstructiond(MapTransform):
     Args:
         keys: where the output stands.
         output_dir: folder of the pictures, ``<name of the scan>_reconstruction.png``.
+        data_root_dir: folder of the scans; pictures stand in the same sub-folders.
         title: of the picture.
     """
 
-    def __init__(self, keys: Hashable | Sequence[Hashable], output_dir: str, title: str = "") -> None:
+    def __init__(
+        self, keys: Hashable | Sequence[Hashable], output_dir: str, data_root_dir: str, title: str = ""
+    ) -> None:
         super().__init__(keys)
         self.output_dir = Path(output_dir)
+        self.data_root_dir = Path(data_root_dir)
         self.title = title
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -74,9 +79,12 @@ class SplitReconstructiond(MapTransform):
         output: MetaTensor = result[self.first_key(result)]
         image, masked, reconstruction = output.chunk(3)
         columns = {"original": image, "masked": masked, "reconstruction": reconstruction}
-        figure = reconstruction_figure({name: x[0].cpu().numpy() for name, x in columns.items()}, self.title)
-        name = Path(str(output.meta["filename_or_obj"])).name.removesuffix(".gz").removesuffix(".nii")
-        save_figure(figure, self.output_dir / f"{name}_reconstruction.png")
+        spacing = output.pixdim.tolist()
+        figure = reconstruction_figure({name: x[0].cpu().numpy() for name, x in columns.items()}, self.title, spacing)
+        path = Path(str(output.meta["filename_or_obj"]))
+        folder = self.output_dir / os.path.relpath(path.parent, self.data_root_dir)
+        name = path.name.removesuffix(".gz").removesuffix(".nii")
+        save_figure(figure, folder / f"{name}_reconstruction.png")
         result["masked"] = torch.nan_to_num(masked, nan=0.0)
         result["reconstruction"] = reconstruction
         return result

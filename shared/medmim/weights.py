@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 
 import torch
 from monai.networks.nets import ViT
-from monai.utils import ensure_tuple_rep
+from monai.utils import ensure_tuple, ensure_tuple_rep
 from torch import Tensor, nn
 
 from medmim.datasets import Preset
-from medmim.description import build_network, check_version, describe, describe_vit
+from medmim.description import build_network, check_version, describe, describe_vit, read_description
 from medmim.files import replace_file
 from medmim.networks.vit import vit_patch_size
 
@@ -128,7 +129,7 @@ def load_encoder(
     network: nn.Module,
     path: str | Path,
     img_size: Sequence[int] | int | None = None,
-    allow_new: Sequence[str] = (),
+    allow_new: str | Sequence[str] = (),
 ) -> LoadReport:
     """Load pre-trained weights into the encoder of a network; nothing is skipped silently.
 
@@ -149,6 +150,8 @@ def load_encoder(
     Raises:
         ValueError: when a tensor of the encoder would stay unloaded, naming it and the reason.
     """
+    if "" in ensure_tuple(allow_new):
+        raise ValueError("allow_new: an empty beginning would allow every tensor: name those that may stay")
     source, description = read_checkpoint(path)
     encoder = find_encoder(network)
     report = LoadReport(str(path))
@@ -178,13 +181,55 @@ def load_encoder(
     return report
 
 
-def load_checkpoint(network: nn.Module, path: str | Path) -> None:
-    """Load ``model.pt`` into exactly the network that it was saved from.
+def load_checkpoint(network: nn.Module, path: str | Path, made_with: Mapping[str, Any] | None = None) -> None:
+    """Load a checkpoint into exactly the network that it was saved from.
+
+    Args:
+        network: the network.
+        path: ``checkpoint.pt`` or ``model.pt``.
+        made_with: knobs that must be those of the training; compared with what ``checkpoint.pt`` says of it.
 
     Raises:
-        ValueError: when names or shapes differ.
+        ValueError: when a knob, a name or a shape differs.
     """
-    _load_strictly(network, read_checkpoint(path)[0], path)
+    state_dict, _ = read_checkpoint(path)
+    if made_with is not None:
+        recorded = torch.load(path, map_location="cpu", weights_only=True).get("made_with", {})
+        _check_same(recorded, made_with, path)
+    _load_strictly(network, state_dict, path)
+
+
+def load_model(network: nn.Module, models_dir: str | Path, img_size: Sequence[int], preset: Preset) -> None:
+    """Load ``model.pt`` into the network, after ``model.json`` was compared with network and preset.
+
+    Args:
+        network: UNETR or feature extractor of this package.
+        models_dir: folder of the two files.
+        img_size: voxels along each axis that the network was built for.
+        preset: the data that it is to be used on.
+
+    Raises:
+        ValueError: when preset, a knob, a name or a shape differs.
+    """
+    path = Path(models_dir) / "model.json"
+    theirs = read_description(path)
+    ours = json.loads(json.dumps(describe(network, img_size, preset)))  # as read: no tuples, keys are text
+    if theirs["preset"] != ours["preset"]:
+        raise ValueError(
+            f"{path}: trained with preset {theirs['preset']['name']}, whose fields differ from those of --dataset "
+            f"{preset.name}: give the preset that it was trained with"
+        )
+    recorded, found = theirs["network"]["arguments"], ours["network"]["arguments"]
+    recorded["roi_size"], found["roi_size"] = recorded.pop("img_size"), found.pop("img_size")
+    _check_same(recorded, found, path)
+    load_checkpoint(network, Path(models_dir) / "model.pt")
+
+
+def _check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: str | Path) -> None:
+    different = [key for key in ours if key in theirs and theirs[key] != ours[key]]
+    if different:
+        wanted = " ".join(f"--{key} {_knob(theirs[key])}" for key in different)
+        raise ValueError(f"{path}: other knobs than it was trained with: give {wanted}")
 
 
 def _load_strictly(network: nn.Module, state_dict: dict[str, Tensor], path: str | Path) -> None:
@@ -229,13 +274,13 @@ def _check_architecture(
     encoder: ViT,
     description: dict[str, Any] | None,
     path: str | Path,
-    allow_new: Sequence[str],
+    allow_new: str | Sequence[str],
 ) -> None:
     """Refuse another architecture before any tensor is changed."""
     faults = []
     for name, value in target.items():
         found = tensors.get(name)
-        allowed = name.startswith(tuple(allow_new)) or "norm_cross_attn" in name  # which nothing uses
+        allowed = name.startswith(ensure_tuple(allow_new)) or "norm_cross_attn" in name  # which nothing uses
         if found is None:
             if not allowed:
                 faults.append(f"{name} is missing")
@@ -290,6 +335,7 @@ def _fit_positions(
         side = round(positions.shape[1] ** (1 / len(target_grid)))
         if side ** len(target_grid) == positions.shape[1]:
             source_grid = (side,) * len(target_grid)
+            print(f"{path}: does not say its grid; its {positions.shape[1]} positions are taken for {source_grid}")
     unknown = source_grid is None or target_grid is None  # then as many tokens are taken for the same grid
     if positions.shape == current.shape and (unknown or source_grid == target_grid):
         return positions, False

@@ -133,7 +133,7 @@ def test_features_of_each_scan(pretrained: Path, run_bundle: Run, phantom_dir: P
 def test_reconstructions(pretrained: Path, run_bundle: Run, tmp_path: Path) -> None:
     checkpoint = pretrained / "output" / "checkpoint.pt"
     run_bundle(BUNDLE, "train", "reconstruct", folder=tmp_path, checkpoint=checkpoint)
-    folder = tmp_path / "output" / "reconstructions"
+    folder = tmp_path / "output" / "reconstructions" / "imagesTr"  # as below dataset_dir
     names = {path.name.split("_masked")[0] for path in folder.glob("*_masked.nii.gz")}
     assert len(names) == 2  # the validation scans
     for name in names:

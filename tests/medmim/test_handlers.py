@@ -109,7 +109,7 @@ def test_checkpoint_holds_what_resuming_needs(tmp_path):
     trainer.run()
     assert written == [0, 2, 2, 4, 5]
     content = torch.load(path, weights_only=True)
-    assert set(content) == {"network", "optimizer", "epoch", "iteration"}
+    assert set(content) == {"network", "optimizer", "epoch", "iteration", "made_with"}
     assert (content["epoch"], content["iteration"]) == (5, 15)
     assert torch.equal(content["network"]["weight"], network.weight)
     assert list(path.parent.iterdir()) == [path]

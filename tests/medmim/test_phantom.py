@@ -91,3 +91,11 @@ def test_cases_that_are_there_are_kept(folder):
     (folder / "labelsTr" / "phantom_005.nii.gz").unlink()
     write_phantom(folder, n_cases=3, seed=5)
     assert (folder / "labelsTr" / "phantom_005.nii.gz").is_file()
+
+
+def test_foreign_data_are_left_alone(tmp_path):
+    (tmp_path / "dataset.json").write_text('{"name": "mine", "training": []}')
+    with pytest.raises(ValueError, match="holds other data, phantom scans are not written into it"):
+        write_phantom(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
+    assert json.loads((tmp_path / "dataset.json").read_text())["name"] == "mine"

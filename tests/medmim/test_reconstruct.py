@@ -1,5 +1,7 @@
 """Masked reconstruction of whole scans."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from monai.data import MetaTensor
@@ -72,7 +74,9 @@ def test_split(tmp_path, name, picture, size):
     parts = torch.rand(3, 2, *size)
     parts[1, :, :3] = float("nan")
     output = MetaTensor(parts.flatten(0, 1), meta={"filename_or_obj": name})
-    result = SplitReconstructiond("pred", str(tmp_path / "out"), "title")({"pred": output, "case": 1})
+    result = SplitReconstructiond("pred", str(tmp_path / "out"), str(Path(name).parent), "title")(
+        {"pred": output, "case": 1}
+    )
     torch.testing.assert_close(torch.as_tensor(result["masked"]), parts[1].nan_to_num(0.0))
     assert torch.equal(torch.as_tensor(result["reconstruction"]), parts[2])
     assert result["masked"].meta["filename_or_obj"] == name

@@ -7,6 +7,8 @@ import monai.networks.nets
 import pytest
 import torch
 
+from medmim.datasets import get_preset
+from medmim.handlers import save_model
 from medmim.networks import UNETR, FeatureExtractor, MaskedAutoencoder
 from medmim.weights import (
     POSITIONS,
@@ -15,6 +17,7 @@ from medmim.weights import (
     find_encoder,
     load_checkpoint,
     load_encoder,
+    load_model,
     read_checkpoint,
     save_encoder,
 )
@@ -410,3 +413,37 @@ def test_load_checkpoint_is_strict(tiny_vit, tmp_path):
         load_checkpoint(FeatureExtractor(tiny_vit(num_layers=3), SIZE), path)
     with pytest.raises(ValueError, match=r"13 tensors do not fit .*first: encoder\.blocks\.1\..* is unknown"):
         load_checkpoint(FeatureExtractor(tiny_vit(num_layers=1), SIZE), path)
+
+
+def test_one_name_as_a_string_does_not_allow_everything(saved, tiny_vit):
+    _, path = saved()
+    deeper = tiny_vit(1, num_layers=4)
+    with pytest.raises(ValueError, match="is missing"):
+        load_encoder(deeper, path, allow_new="patch_embedding.patch_embeddings")
+    with pytest.raises(ValueError, match="an empty beginning would allow every tensor"):
+        load_encoder(deeper, path, allow_new=[""])
+
+
+def test_a_model_is_loaded_with_its_own_knobs_only(tmp_path):
+    sizes = {"in_channels": 1, "out_channels": 3, "img_size": (16, 24, 16), "patch_size": 8, "feature_size": 4}
+    sizes |= {"hidden_size": 48, "mlp_dim": 96, "num_layers": 4}
+    preset = get_preset("hippocampus")
+    network = UNETR(**sizes, num_heads=4)
+    save_model(tmp_path, network, (16, 24, 16), preset)
+    fresh = UNETR(**sizes, num_heads=4)
+    load_model(fresh, tmp_path, (16, 24, 16), preset)
+    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in network.state_dict().items())
+    with pytest.raises(ValueError, match=r"model.json: other knobs than it was trained with: give --num_heads 4$"):
+        load_model(UNETR(**sizes, num_heads=6), tmp_path, (16, 24, 16), preset)
+    with pytest.raises(ValueError, match="trained with preset hippocampus, whose fields differ"):
+        load_model(fresh, tmp_path, (16, 24, 16), get_preset("btcv"))
+
+
+def test_a_checkpoint_is_loaded_with_its_own_knobs_only(tmp_path, tiny_vit):
+    vit = tiny_vit()
+    torch.save(
+        {"network": vit.state_dict(), "made_with": {"loss_norm": "l1", "roi_size": [16, 24, 8]}}, tmp_path / "c.pt"
+    )
+    load_checkpoint(tiny_vit(), tmp_path / "c.pt", {"loss_norm": "l1", "roi_size": [16, 24, 8]})
+    with pytest.raises(ValueError, match=r'give --loss_norm l1 --roi_size "\[16, 24, 8\]"'):
+        load_checkpoint(tiny_vit(), tmp_path / "c.pt", {"loss_norm": "l2", "roi_size": [16, 24, 16]})

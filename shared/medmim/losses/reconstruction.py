@@ -78,6 +78,11 @@ class MaskedReconstructionLoss(nn.Module):
         mean, std = patch_mean_and_std(patches, self.unbiased, self.eps)
         return (patches - mean) / std
 
+    @property
+    def target_name(self) -> str:
+        """What a picture of a reconstruction must say of its target."""
+        return "patches normalised, mean and contrast from the original" if self.normalize_target else "raw intensities"
+
     def to_image(self, prediction: Tensor, image: Tensor) -> Tensor:
         """Prediction as an image in the intensities of ``image``, ``(B, C, *spatial)``.
 

@@ -98,6 +98,12 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
+def hidden_voxels(mask: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """Token mask ``(B, *grid)`` as a voxel mask ``(B, 1, *spatial)``."""
+    tokens = mask.flatten(1).unsqueeze(-1).expand(-1, -1, prod(patch_size))
+    return unpatchify(tokens, patch_size, mask.shape[1:])
+
+
 def patch_mean_and_std(patches: Tensor, unbiased: bool = True, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation ``sqrt(variance + eps)`` of each patch, both ``(B, N, 1)``."""
     mean = patches.mean(dim=-1, keepdim=True)

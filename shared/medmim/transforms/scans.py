@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from monai.transforms import LoadImage, MapTransform
 from torch import Tensor
+
+
+LABEL_ROUNDING = 1e-3  # how far from a whole number a label may lie
 
 
 class ScanError(ValueError):
@@ -31,17 +35,23 @@ def load_scan(path: str | Path | Sequence[str | Path]) -> Tensor:
         raise ScanError(f"{path}: not readable ({reason}): replace or remove the file") from error
 
 
-def check_image(image: Tensor, name: str, n_channels: int) -> None:
-    """Refuse an image with a wrong channel count, NaN or infinite voxels, or one intensity only.
+def check_image(image: Tensor, name: str, n_channels: int, spatial_dims: int | None = None) -> None:
+    """Refuse an image with a wrong number of axes or channels, NaN or infinite voxels, or one intensity only.
 
     Args:
         image: ``(C, *spatial)``.
         name: file, for the message.
         n_channels: expected channels.
+        spatial_dims: expected spatial axes; ``None`` allows any number.
 
     Raises:
         ScanError: naming the file and what was found.
     """
+    if spatial_dims is not None and image.ndim - 1 != spatial_dims:
+        raise ScanError(
+            f"{name}: {image.ndim - 1} spatial axes {tuple(image.shape[1:])}, expected {spatial_dims} as in the preset's "
+            "roi_size: convert or remove the file, or choose another preset (--dataset)"
+        )
     if image.shape[0] != n_channels:
         raise ScanError(
             f"{name}: {image.shape[0]} channels, expected {n_channels}: choose a preset (--dataset) with as many "
@@ -55,10 +65,10 @@ def check_image(image: Tensor, name: str, n_channels: int) -> None:
 
 
 def check_label(label: Tensor, image: Tensor, name: str, values: Collection[int]) -> None:
-    """Refuse a label map of another size than its image, or with values that the preset does not name.
+    """Refuse a label map that lies on another grid than its image, or with values that the preset does not name.
 
     Args:
-        label: ``(1, *spatial)``, class indices.
+        label: ``(1, *spatial)``, class indices up to rounding (a header's slope stores 1 as 1.0000153).
         image: ``(C, *spatial)``.
         name: file of the label map, for the message.
         values: allowed class indices, background included.
@@ -71,14 +81,35 @@ def check_label(label: Tensor, image: Tensor, name: str, values: Collection[int]
             f"{name}: label map of {tuple(label.shape[1:])} voxels for an image of {tuple(image.shape[1:])}: "
             "export the label map on the image's grid"
         )
+    if label.shape[0] != 1:
+        raise ScanError(f"{name}: label map of {label.shape[0]} channels, expected 1 that holds class indices: convert it")
+    _check_same_grid(label, image, name)
     if not bool(torch.isfinite(label).all()):
         raise ScanError(f"{name}: the label map holds NaN or infinite values: repair or remove the file")
     found = torch.unique(label).tolist()
-    unknown = [f"{value:g}" for value in found if value not in values]
+    unknown = [f"{v:g}" for v in found if abs(v - round(v)) >= LABEL_ROUNDING or round(v) not in values]
     if unknown:
         raise ScanError(
             f"{name}: label values {', '.join(unknown[:10])} are not in the preset ({sorted(values)}): "
             "correct the file, or name them in a preset of your own (--dataset my_preset.yaml)"
+        )
+
+
+def _check_same_grid(label: Tensor, image: Tensor, name: str) -> None:
+    """Refuse a label map whose voxels lie elsewhere in space; what rounding of a header moves them by passes."""
+    affines = [getattr(tensor, "affine", None) for tensor in (label, image)]
+    if affines[0] is None or affines[1] is None or affines[0].shape != affines[1].shape:
+        return
+    of_label, of_image = (torch.as_tensor(affine, dtype=torch.float64) for affine in affines)
+    n_axes = of_image.shape[0] - 1
+    sizes = [*image.shape[1:], *[1] * n_axes][:n_axes]
+    corners = torch.tensor([[*corner, 1] for corner in product(*[(0, n - 1) for n in sizes])], dtype=torch.float64)
+    distance = float(((of_label - of_image) @ corners.T).norm(dim=0).max())  # linear: no voxel is moved further
+    allowed = 0.5 * float(of_image[:-1, :-1].norm(dim=0).min())
+    if not distance <= allowed:
+        raise ScanError(
+            f"{name}: the label map's voxels lie up to {distance:.3g} mm from the image's (other affine), expected "
+            f"{allowed:.3g} mm at most: export the label map on the image's grid, orientation included"
         )
 
 
@@ -101,6 +132,8 @@ class LoadScand(MapTransform):
 
 class CheckScand(MapTransform):
     """Refuse a scan that would poison training. Stands right after loading, before anything changes the voxels.
+
+    Label maps are rounded to whole numbers; see :func:`check_label`.
 
     Args:
         keys: the image, ``(C, *spatial)``.
@@ -132,6 +165,7 @@ class CheckScand(MapTransform):
             if self.label_key is not None:
                 label = result[self.label_key]
                 check_label(label, image, _file_of(label, self.label_key), self.label_values)
+                result[self.label_key] = label.round()
         return result
 
 
