@@ -18,7 +18,10 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 
-from medmim import commands
+from medmim import checks, commands
+from medmim.datalists import load_datalist
+from medmim.datasets import get_preset
+from medmim.transforms import ScanError
 
 MAE, UNETR = "mae_vit_pretraining", "unetr_segmentation"
 Run = Callable[..., ConfigWorkflow]
@@ -425,6 +428,79 @@ def test_bad_scan_without_check(one_line: Callable, data: Path, bundle: str) -> 
     assert message.startswith(f"{data}/imagesTr/phantom_00")
 
 
+@pytest.mark.parametrize("check_scans", [True, False])
+def test_label_of_another_orientation(ends: Ends, data: Path, check_scans: bool) -> None:
+    for path in (data / "labelsTr").iterdir():
+        label = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(label.dataobj), np.diag([-1, 1, 1, 1]) @ label.affine), path)
+    message = ends(UNETR, dataset_dir=data, check_scans=check_scans)[0]
+    assert message.startswith(f"{data}/labelsTr/phantom_00")
+    assert ": the label map's voxels lie up to " in message
+
+
+@pytest.mark.parametrize("axes", [2, 4], ids=["2D", "5D"])
+def test_wrong_number_of_axes(one_line: Callable, data: Path, axes: int) -> None:
+    path = data / "imagesTr" / "phantom_003.nii.gz"
+    change_image(path, lambda image: image[:, :, 20] if axes == 2 else np.stack([image, image], -1)[..., None])
+    message = one_line(MAE, dataset_dir=data)
+    size = (96, 76) if axes == 2 else (96, 76, 40, 2)
+    assert message.startswith(f"{path}: {axes} spatial axes {size}, expected 3 as in the preset's roi_size: convert")
+
+
+def test_label_of_several_channels(one_line: Callable, data: Path) -> None:
+    path = data / "labelsTr" / "phantom_003.nii.gz"
+    change_image(path, lambda label: np.stack([label, label], -1))
+    assert one_line(UNETR, dataset_dir=data).startswith(f"{path}: label map of 2 channels, expected 1")
+
+
+@both
+@pytest.mark.parametrize("value", [-1000, 250])
+def test_image_outside_the_window(one_line: Callable, data: Path, bundle: str, value: int) -> None:
+    path = data / "imagesTr" / "phantom_003.nii.gz"
+    change_image(path, lambda image: np.sign(value) * abs(image) + value * 10)
+    message = one_line(bundle, dataset_dir=data)
+    assert message.startswith(f"{path}: constant image after the preset's window [-175.0, 250.0], voxels lie in [")
+
+
+def test_no_label_map_has_any_foreground(one_line: Callable, data: Path) -> None:
+    for path in (data / "labelsTr").iterdir():
+        change_image(path, np.zeros_like)
+    message = one_line(UNETR, dataset_dir=data)
+    assert message.startswith(f"{data}/labelsTr/phantom_00")
+    assert ": no foreground, as in all 4 label maps for training: nothing could be learned" in message
+
+
+def test_label_maps_without_foreground_are_told_once(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in (1, 3):
+        change_image(data / "labelsTr" / f"phantom_00{number}.nii.gz", np.zeros_like)
+    remember = data / "checked_scans.json"
+    for _ in range(2):
+        with caplog.at_level(logging.INFO, "medmim"):
+            checks.check_scans(load_datalist(data), get_preset("phantom"), remember)
+        told = [record.getMessage() for record in caplog.records if "foreground" in record.getMessage()]
+        assert len(told) == 1
+        assert told[0].startswith(f"2 of 6 label maps have no foreground, for example {data}/labelsTr/phantom_00")
+        caplog.clear()
+
+
+def test_good_scans_are_remembered_beside_a_faulty_one(data: Path) -> None:
+    spoil(data / "imagesTr" / "phantom_003.nii.gz", "truncated")
+    remember = data / "checked_scans.json"
+    with pytest.raises(ScanError):
+        checks.check_scans(load_datalist(data), get_preset("phantom"), remember)
+    known = json.loads(remember.read_text())
+    assert len(known) == 5
+    assert not any("phantom_003" in key for key in known)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": {"sta', b"\xff\xfe", b"[1]", b'{"a": 1, "b": {}}'], ids=repr)
+def test_damaged_list_of_checked_scans_is_ignored(data: Path, content: bytes) -> None:
+    remember = data / "checked_scans.json"
+    remember.write_bytes(content)
+    checks.check_scans(load_datalist(data), get_preset("phantom"), remember)
+    assert len(json.loads(remember.read_text())) == 6
+
+
 # ------------------------------------------------------------------------------------------------- sizes and switches
 
 
@@ -515,9 +591,7 @@ def test_encoder_that_holds_no_vit(one_line: Callable, tmp_path: Path) -> None:
 def test_evaluation_with_other_knobs(one_line: Callable, finetuned: Path) -> None:
     models = finetuned / "models"
     message = one_line(UNETR, "train", "evaluate", models_dir=models, feature_size=8)
-    assert message.startswith(f"{models / 'model.pt'}: ")
-    assert "tensors do not fit a UNETR, first: " in message
-    assert message.endswith("give the knobs that it was trained with")
+    assert message == f"{models / 'model.json'}: other knobs than it was trained with: give --feature_size 4"
 
 
 def test_pretraining_evaluation_with_other_knobs(one_line: Callable, pretrained: Path) -> None:
@@ -530,7 +604,7 @@ def test_pretraining_evaluation_with_other_knobs(one_line: Callable, pretrained:
 @pytest.mark.parametrize(
     ("bundle", "config", "name"),
     [
-        (UNETR, "evaluate", "models/model.pt"),
+        (UNETR, "evaluate", "models/model.json"),
         (MAE, "evaluate", "output/checkpoint.pt"),
         (MAE, "reconstruct", "output/checkpoint.pt"),
     ],
@@ -618,3 +692,45 @@ def test_command_line_loss_that_is_not_finite(
     message = last_line_of(command_line(UNETR, "train", **knobs))
     assert message.startswith("error: the loss is nan in epoch ")
     assert "--amp False" in message
+
+
+@both
+def test_knobs_of_the_wrong_kind_are_reported_together(ends: Ends, bundle: str) -> None:
+    found = ends(bundle, epochs=1.5, batch_size=0, num_heads=5, amp_dtype="float8", roi_size=[16, 24, 16])
+    assert found == [
+        "--epochs 1.5: expected a whole number of at least 1",
+        "--batch_size 0: expected a whole number of at least 1",
+        "--amp_dtype float8: expected bfloat16 or float16",
+        "--hidden_size 48: expected a multiple of 5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"decoder": "cnn"}, "--decoder cnn: expected transformer or mlp or linear"),
+        ({"loss_norm": "L1"}, "--loss_norm L1: expected l1 or l2"),
+        ({"decoder_hidden_size": 20}, "--decoder_hidden_size 20: expected a multiple of 6"),
+        ({"mask_ratio": 0.01}, "--mask_ratio 0.01 hides none of 12 units: there would be nothing to learn"),
+    ],
+    ids=["decoder", "loss_norm", "decoder_hidden_size", "mask_ratio"],
+)
+def test_knobs_of_pre_training(one_line: Callable, knobs: dict, message: str) -> None:
+    assert one_line(MAE, **knobs) == message
+
+
+def test_demo_does_not_write_into_other_data(one_line: Callable, data: Path) -> None:
+    listed = json.loads((data / "dataset.json").read_text()) | {"name": "mine"}
+    (data / "dataset.json").write_text(json.dumps(listed))
+    message = one_line(MAE, "train", "demo", dataset_dir=data)
+    assert message.startswith(f"--dataset_dir {data}: holds other data, phantom scans are not written into it")
+    assert json.loads((data / "dataset.json").read_text()) == listed
+
+
+def test_evaluation_with_other_knobs_than_training(one_line: Callable, pretrained: Path, finetuned: Path) -> None:
+    checkpoint = pretrained / "output" / "checkpoint.pt"
+    found = one_line(MAE, "train", "evaluate", checkpoint=checkpoint, num_heads=6)
+    assert found == f"{checkpoint}: other knobs than it was trained with: give --num_heads 4"
+    models = finetuned / "models"
+    found = one_line(UNETR, "train", "evaluate", models_dir=models, num_heads=6)
+    assert found == f"{models / 'model.json'}: other knobs than it was trained with: give --num_heads 4"

@@ -1,5 +1,7 @@
 """Checks of a scan: what is refused, with which words."""
 
+import math
+
 import pytest
 import torch
 from monai.data import MetaTensor
@@ -17,7 +19,7 @@ def test_good_scan_passes_unchanged():
     data = {"image": image, "label": label}
     result = CheckScand("image", 2, "label", [0, 1, 2])(data)
     assert result["image"] is image
-    assert result["label"] is label
+    assert torch.equal(result["label"], label)
 
 
 def test_label_is_not_looked_for_without_a_key():
@@ -59,6 +61,68 @@ def test_label_values_outside_the_preset():
     label = torch.tensor([[[0.0, 1.0, 2.5, 7.0]]])
     with pytest.raises(ScanError, match=r"^l\.nii: label values 2\.5, 7 are not in the preset \(\[0, 1, 2\]\)"):
         check_label(label, torch.rand(1, 1, 4), "l.nii", {2, 0, 1})
+
+
+def test_wrong_number_of_axes():
+    message = r"^a\.nii: 2 spatial axes \(8, 9\), expected 3 as in the preset's roi_size: convert"
+    with pytest.raises(ScanError, match=message):
+        check_image(torch.rand(1, 8, 9), "a.nii", 1, spatial_dims=3)
+    check_image(torch.rand(1, 8, 9), "a.nii", 1, spatial_dims=2)
+
+
+def test_label_of_several_channels():
+    with pytest.raises(ScanError, match=r"^l\.nii: label map of 2 channels, expected 1 "):
+        check_label(torch.zeros(2, 3, 3), torch.rand(1, 3, 3), "l.nii", [0])
+
+
+def test_label_is_rounded():
+    label = MetaTensor(torch.tensor([[[0.0, 1.0000153, 1.9999, 254.9995]]]), affine=torch.eye(4))
+    data = {"image": torch.rand(1, 1, 4), "label": label}
+    result = CheckScand("image", 1, "label", [0, 1, 2, 255])(data)["label"]
+    assert result.flatten().tolist() == [0.0, 1.0, 2.0, 255.0]
+    assert isinstance(result, MetaTensor)
+    with pytest.raises(ScanError, match=r"label values 0\.998 are not in the preset"):
+        check_label(torch.tensor([[[0.0, 0.998]]]), torch.rand(1, 1, 2), "l.nii", [0, 1])
+
+
+def rotated(affine: torch.Tensor, angle: float) -> torch.Tensor:
+    turn = torch.eye(4, dtype=torch.float64)
+    turn[:2, :2] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    return turn @ affine
+
+
+AFFINE = torch.diag(torch.tensor([0.7, 0.7, 3.0, 1.0], dtype=torch.float64))
+MIRROR = torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0], dtype=torch.float64))
+SHIFT = torch.zeros(4, 4, dtype=torch.float64).index_put_(
+    (torch.tensor(2), torch.tensor(3)), torch.tensor(1.0).double()
+)
+
+
+@pytest.mark.parametrize(
+    ("of_label", "same"),
+    [
+        (AFFINE, True),
+        (AFFINE.float(), True),
+        (AFFINE + 0.3 * SHIFT, True),
+        (AFFINE + 0.4 * SHIFT, False),
+        (MIRROR @ AFFINE, False),
+        (rotated(AFFINE, 1e-4), True),
+        (rotated(AFFINE, 0.1), False),
+        (AFFINE * 1.1, False),
+    ],
+    ids=["same", "float32", "shift", "larger shift", "LAS", "rounding", "rotation", "spacing"],
+)
+def test_grids_of_image_and_label(of_label, same):
+    data = {
+        "image": MetaTensor(torch.rand(1, 40, 30, 20), affine=AFFINE),
+        "label": MetaTensor(torch.zeros(1, 40, 30, 20), affine=of_label, meta={"filename_or_obj": "l.nii"}),
+    }
+    check = CheckScand("image", 1, "label", [0])
+    if same:
+        check(data)
+        return
+    with pytest.raises(ScanError, match=r"^l\.nii: the label map's voxels lie up to .* mm from .* expected 0\.35 mm"):
+        check(data)
 
 
 def test_transform_names_the_files():

@@ -11,7 +11,6 @@ import torch
 from monai.transforms import LoadImage, MapTransform
 from torch import Tensor
 
-
 LABEL_ROUNDING = 1e-3  # how far from a whole number a label may lie
 
 
@@ -49,8 +48,8 @@ def check_image(image: Tensor, name: str, n_channels: int, spatial_dims: int | N
     """
     if spatial_dims is not None and image.ndim - 1 != spatial_dims:
         raise ScanError(
-            f"{name}: {image.ndim - 1} spatial axes {tuple(image.shape[1:])}, expected {spatial_dims} as in the preset's "
-            "roi_size: convert or remove the file, or choose another preset (--dataset)"
+            f"{name}: {image.ndim - 1} spatial axes {tuple(image.shape[1:])}, expected {spatial_dims} as in the "
+            "preset's roi_size: convert or remove the file, or choose another preset (--dataset)"
         )
     if image.shape[0] != n_channels:
         raise ScanError(
@@ -82,7 +81,7 @@ def check_label(label: Tensor, image: Tensor, name: str, values: Collection[int]
             "export the label map on the image's grid"
         )
     if label.shape[0] != 1:
-        raise ScanError(f"{name}: label map of {label.shape[0]} channels, expected 1 that holds class indices: convert it")
+        raise ScanError(f"{name}: label map of {label.shape[0]} channels, expected 1 with class indices: convert it")
     _check_same_grid(label, image, name)
     if not bool(torch.isfinite(label).all()):
         raise ScanError(f"{name}: the label map holds NaN or infinite values: repair or remove the file")
