@@ -52,9 +52,14 @@ def benchmark(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{machine(device)}, torch {torch.__version__}, {dtype}, batch {batch_size}, {size}³ voxels, patch 16\n")
     print("hidden  AdamW       MONAI         ours   ratio    MONAI GiB  ours GiB")
+    # first of all, because on Linux the peak of a child process counts what its parent held when it was started
+    peaks = {
+        (side, ratio): peak_memory(side, ratio, batch_size, size, dtype, compile)
+        for ratio in ratios
+        for side in ("monai", "ours")
+    }
     bar = tqdm(total=len(ratios) * 2 * (repeats + 3), disable=None, leave=False)
     for ratio in ratios:
-        peaks = {side: peak_memory(side, ratio, batch_size, size, dtype, compile) for side in ("monai", "ours")}
         for recipe in ("plain", "own"):
             steps = {
                 side: training_step(side, ratio, batch_size, size, dtype, recipe, device, compile)
@@ -71,7 +76,7 @@ def benchmark(
             bar.clear()
             print(
                 f"{ratio:5.0%}   {recipe:6s} {median['monai']:9.4f} s {median['ours']:10.4f} s "
-                f"{median['monai'] / median['ours']:6.2f}× {peaks['monai']:10.2f} {peaks['ours']:9.2f}",
+                f"{median['monai'] / median['ours']:6.2f}× {peaks['monai', ratio]:10.2f} {peaks['ours', ratio]:9.2f}",
                 flush=True,
             )
     bar.close()
