@@ -16,6 +16,7 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 SCAN_SUFFIXES = (".nii.gz", ".nii")
+LABEL_FOLDERS = {"labelsTr", "labelsTs"}  # of a Decathlon folder
 Item = dict[str, Any]
 
 
@@ -28,7 +29,9 @@ class Datalist:
 
 
 def find_scans(folder: str | Path) -> list[Path]:
-    """NIfTI files below a folder, sorted; hidden files (also macOS's ``._`` companions) are left out.
+    """NIfTI files below a folder, sorted, without a Decathlon folder's label maps and without hidden files.
+
+    Hidden are also macOS's ``._`` companions.
 
     Raises:
         ValueError: when the folder is missing or holds none.
@@ -36,9 +39,12 @@ def find_scans(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"--dataset_dir {folder}: no such folder")
-    scans = sorted(
+    found = sorted(
         path for path in folder.rglob("*") if path.name.endswith(SCAN_SUFFIXES) and not path.name.startswith(".")
     )
+    scans = [path for path in found if not LABEL_FOLDERS & set(path.relative_to(folder).parts[:-1])]
+    if len(scans) < len(found):
+        logger.info(f"{folder}: {len(found) - len(scans)} label maps in {' or '.join(sorted(LABEL_FOLDERS))} left out")
     if not scans:
         raise ValueError(f"--dataset_dir {folder}: no NIfTI file (.nii, .nii.gz) in it or below")
     return scans

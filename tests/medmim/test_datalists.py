@@ -350,3 +350,14 @@ def test_csv_with_a_gap(tmp_path):
     path = write_csv(tmp_path / "list.csv", ["image", "label"], [["a.nii", "l.nii"], ["b.nii", ""]])
     with pytest.raises(ValueError, match=r"list\.csv: line 3 has no value in column 'label'"):
         load_datalist(tmp_path, path)
+
+
+def test_label_maps_of_a_decathlon_folder_are_no_scans(tmp_path, caplog):
+    for name in ("imagesTr/a.nii.gz", "labelsTr/a.nii.gz", "imagesTs/b.nii.gz", "labelsTs/b.nii.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with caplog.at_level("INFO"):
+        found = find_scans(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["imagesTr/a.nii.gz", "imagesTs/b.nii.gz"]
+    assert "2 label maps in labelsTr or labelsTs left out" in caplog.text
+    assert find_scans(tmp_path / "labelsTr") == [tmp_path / "labelsTr" / "a.nii.gz"]  # asked for by name
