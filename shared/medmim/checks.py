@@ -5,44 +5,45 @@ The functions raise ``ValueError``; :mod:`medmim.commands` holds the forms that 
 
 from __future__ import annotations
 
-import json
 import logging
-import os
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import ignite.distributed as idist
 import torch
 from monai.utils import ensure_tuple_rep
-from tqdm import tqdm
 
-from medmim.datalists import Datalist, Item, find_items, load_datalist
+from medmim.datalists import find_items, load_datalist
 from medmim.datasets import Preset, get_preset
 from medmim.description import read_description, read_preset
-from medmim.files import replace_file
 from medmim.networks.patches import grid_size
-from medmim.transforms import ScanError, hidden_count
-from medmim.transforms.scans import check_image, check_label, load_scan
+from medmim.scan_checks import check_scans
+from medmim.transforms import hidden_count
+from medmim.weights import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
+SWITCH = (True, False, "true", "false")
+
 
 def check_switches(**switches: Any) -> None:
-    """Refuse a switch that is not a boolean; on the command line ``false`` arrives as a string, which counts as true.
+    """Refuse a switch that is neither on nor off; on the command line ``true`` arrives as a string.
 
     Raises:
         ValueError: naming every such knob.
     """
-    wrong = [f"--{name} {value}" for name, value in switches.items() if not isinstance(value, bool)]
+    wrong = [f"--{name} {value}: expected true or false" for name, value in switches.items() if value not in SWITCH]
     if wrong:
-        raise ValueError(f"{', '.join(wrong)}: a switch must be True or False, with a capital letter")
+        raise ValueError("\n".join(wrong))
 
 
 def check_knobs(
-    whole: Mapping[str, Any],
+    whole: Mapping[str, Any] | None = None,
+    numbers: Mapping[str, Sequence[Any]] | None = None,
     one_of: Mapping[str, Sequence[Any]] | None = None,
     divisible: Mapping[str, Sequence[Any]] | None = None,
 ) -> None:
@@ -50,6 +51,7 @@ def check_knobs(
 
     Args:
         whole: name and value of knobs that must be whole numbers of at least 1.
+        numbers: name, and then the value, the lowest and the highest allowed number.
         one_of: name, and then the value followed by the allowed ones.
         divisible: name, and then the value and a number that must divide it.
 
@@ -58,34 +60,55 @@ def check_knobs(
     """
     faults = [
         f"--{name} {value}: expected a whole number of at least 1"
-        for name, value in whole.items()
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1
+        for name, value in (whole or {}).items()
+        if not _is_whole(value) or value < 1
     ]
+    for name, (value, lowest, highest) in (numbers or {}).items():
+        if not _is_number(value) or not lowest <= value <= highest:
+            bounds = f"from {lowest} to {highest}" if highest < math.inf else f"of at least {lowest}"
+            faults.append(f"--{name} {value}: expected a number {bounds}")
     for name, (value, *allowed) in (one_of or {}).items():
         if value not in allowed:
             faults.append(f"--{name} {value}: expected {' or '.join(map(str, allowed))}")
     for name, (value, divisor) in (divisible or {}).items():
-        if isinstance(value, int) and isinstance(divisor, int) and divisor > 0 and value % divisor:
+        if _is_whole(value) and _is_whole(divisor) and divisor > 0 and value % divisor:
             faults.append(f"--{name} {value}: expected a multiple of {divisor}")
     if faults:
         raise ValueError("\n".join(faults))
 
 
-def check_schedule(epochs: int, warmup_epochs: int, learning_rate: float, layer_decay: float = 1.0) -> None:
+def check_schedule(epochs: Any, warmup_epochs: Any) -> None:
     """Refuse a schedule under which nothing would be learned.
 
     Raises:
         ValueError: naming the knobs and the numbers.
     """
-    if epochs < 1 or not 0 <= warmup_epochs < epochs:
+    if not _is_number(warmup_epochs) or (_is_whole(epochs) and not 0 <= warmup_epochs < epochs):
         raise ValueError(
             f"--epochs {epochs} with --warmup_epochs {warmup_epochs}: the learning rate would not get beyond its "
             "warm-up: epochs must be larger, and warmup_epochs 0 or more"
         )
-    if not learning_rate >= 0:
-        raise ValueError(f"--learning_rate {learning_rate}: must not be negative")
-    if not 0 < layer_decay <= 1:
-        raise ValueError(f"--layer_decay {layer_decay}: must lie in (0, 1]")
+
+
+def check_device(device: Any) -> None:
+    """Refuse a device that this machine does not have.
+
+    Raises:
+        ValueError: naming it.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        reason = " ".join(str(error).split()).split(". ")[0][:100]
+        raise ValueError(
+            f"--device {device}: not usable ({reason}): expected {' or '.join(['cpu', *there])}"
+        ) from error
+
+
+def check_preset(dataset: Any) -> None:
+    """Refuse a ``--dataset`` that is no preset; see :func:`medmim.datasets.get_preset`."""
+    get_preset(dataset)
 
 
 def check_data(
@@ -98,26 +121,87 @@ def check_data(
     folds: int = 5,
     label_fraction: float = 1.0,
 ) -> None:
-    """Check preset, output folders and list of scans of a training run.
+    """Check output folders and list of scans of a training run.
 
     Args:
-        dataset: see :func:`medmim.datasets.get_preset`.
+        dataset: name of the preset, for the log.
         dataset_dir, datalist, labelled, fold, folds, label_fraction: see :func:`medmim.datalists.load_datalist`.
         output_dirs: folders that must be writable; they are made.
 
     Raises:
-        ValueError: one line with the first fault.
+        ValueError: one line for each fault.
     """
-    preset = get_preset(dataset)
-    if labelled and not preset.labels:
-        raise ValueError(f"--dataset {dataset}: the preset names no labels, so it cannot be used for segmentation")
+    faults = []
     for folder in output_dirs:
-        check_writable(folder)
-    split = load_datalist(dataset_dir, datalist, labelled, fold, folds, label_fraction)
-    logger.info(
-        f"{preset.name}: {len(split.training)} scans for training, {len(split.validation)} for validation "
-        f"(fold {fold} of {folds}) from {dataset_dir}"
-    )
+        try:
+            check_writable(folder)
+        except ValueError as error:
+            faults.append(str(error))
+    try:
+        split = load_datalist(dataset_dir, datalist, labelled, fold, folds, label_fraction)
+        logger.info(
+            f"{dataset}: {len(split.training)} scans for training, {len(split.validation)} for validation "
+            f"(fold {fold} of {folds}) from {dataset_dir}"
+        )
+        if len(split.validation) < idist.get_world_size():
+            faults.append(
+                f"--dataset_dir {dataset_dir}: {len(split.validation)} scans for validation by "
+                f"{idist.get_world_size()} processes: each needs one: start fewer, or lower --folds"
+            )
+    except (ValueError, TypeError) as error:
+        faults.append(str(error))
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def check_labels(preset: Preset) -> None:
+    """Refuse a preset without labels for a segmentation.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not preset.labels:
+        raise ValueError(f"--dataset {preset.name}: the preset names no labels, so it cannot be used for segmentation")
+
+
+def check_encoder(
+    path: str | None, preset: Preset, allow_other_preset: Any = False, knobs: Mapping[str, Any] | None = None
+) -> None:
+    """Compare an ``encoder.pt`` with the run that is to start from it: the data it has seen, and its architecture.
+
+    Args:
+        path: the file; nothing is compared when it carries no description, and nothing is done without a path.
+        preset: of this run.
+        allow_other_preset: whether channels, spacing and intensities may be others than in pre-training.
+        knobs: of the network of this run, under the names that MONAI's networks use.
+
+    Raises:
+        ValueError: one line for each fault.
+    """
+    if not path:
+        return
+    description = read_checkpoint(path)[1]
+    if description is None:
+        return
+    faults = []
+    theirs, ours = description["preset"], preset.to_dict()
+    if allow_other_preset not in (True, "true"):
+        different = [name for name in ("channels", "spacing", "window", "z_score") if theirs.get(name) != ours[name]]
+        if different:
+            found = ", ".join(f"{name} {theirs.get(name)} (this run {ours[name]})" for name in different)
+            faults.append(
+                f"--pretrained_encoder {path}: pre-trained with preset {theirs['name']}: {found}: prepare the scans "
+                "alike (--dataset), or give --allow_other_preset true"
+            )
+    made_with = description["network"]["arguments"]
+    wrong = [
+        name for name, value in (knobs or {}).items() if name in made_with and _sizes(made_with[name]) != _sizes(value)
+    ]
+    if wrong:
+        give = " ".join(f"--{name} {_knob(made_with[name])}" for name in wrong)
+        faults.append(f"--pretrained_encoder {path}: another architecture than this run's: give {give}")
+    if faults:
+        raise ValueError("\n".join(faults))
 
 
 def check_inference(models_dir: str, dataset_dir: str, output_dir: str, read_scans: bool = True) -> None:
@@ -172,68 +256,6 @@ def check_writable(folder: str | Path) -> None:
         ) from error
 
 
-def check_scans(
-    items: Sequence[Item] | Datalist,
-    preset: Preset,
-    remember: str | Path | None = None,
-    roi_size: Sequence[int] | None = None,
-) -> None:
-    """Read every scan and its label once; all faulty scans are reported together.
-
-    Args:
-        items: scans, or a split of them.
-        preset: what they must be like.
-        remember: file in which the scans found good are remembered (path, size and time of each), so that the next
-            run need not read them again.
-        roi_size: voxels of the network's input, to count the scans that must be padded.
-
-    Raises:
-        ScanError: one line for each faulty scan.
-        ValueError: when there are label maps for training, but none has any foreground.
-    """
-    training = items.training if isinstance(items, Datalist) else items
-    if isinstance(items, Datalist):
-        items = items.training + items.validation
-    known = {} if remember is None else _read_remembered(Path(remember))
-    rules = f"{list(preset.channels)} {preset.label_values} {preset.window} {len(preset.roi_size)}"
-    faults, small, empty = [], [], []
-    bar = tqdm(items, desc="checking scans", disable=None, leave=False)
-    for item in bar:
-        key = json.dumps([item["image"], item.get("label")])
-        state = [rules, *_file_state(item)]
-        if known.get(key, {}).get("state") != state:
-            try:
-                known[key] = {"state": state} | _check_scan(item, preset)
-            except ScanError as error:
-                faults.append(str(error))
-                continue
-        if known[key]["foreground"] is False:
-            empty.append(item["label"])
-        if roi_size is not None:
-            size = _resampled_size(known[key]["shape"], known[key]["spacing"], preset)
-            if any(n < roi for n, roi in zip(size, roi_size, strict=True)):
-                small.append((item["image"], size))
-    if remember is not None:
-        replace_file(remember, lambda path: path.write_text(json.dumps(known)))
-    if faults:
-        summary = [f"{len(faults)} of {len(items)} scans cannot be used"] if len(faults) > 1 else []
-        raise ScanError("\n".join([*faults, *summary]))
-    labels = {item["label"] for item in training if "label" in item}
-    if labels and labels <= set(empty):
-        raise ValueError(
-            f"{empty[0]}: no foreground, as in all {len(labels)} label maps for training: nothing could be learned: "
-            "correct them, or choose others (--dataset_dir, --datalist)"
-        )
-    if empty:
-        logger.warning(f"{len(empty)} of {len(items)} label maps have no foreground, for example {empty[0]}")
-    if small and roi_size is not None:
-        name, size = small[0]
-        logger.warning(
-            f"{len(small)} of {len(items)} scans are smaller than roi_size {tuple(roi_size)} and will be padded, "
-            f"for example {name}: about {size} voxels"
-        )
-
-
 def check_sizes(
     roi_size: Sequence[int],
     patch_size: Sequence[int] | int,
@@ -274,52 +296,19 @@ def check_sizes(
         raise ValueError(f"--mask_ratio {mask_ratio} hides none of {n_units} units: there would be nothing to learn")
 
 
-def _read_remembered(path: Path) -> dict[str, dict[str, Any]]:
-    """Scans that an earlier run found good; none when the file is missing or damaged: they are read again."""
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    whole = {"state", "shape", "spacing", "foreground"}
-    entries = known.items() if isinstance(known, dict) else ()
-    return {key: entry for key, entry in entries if isinstance(entry, dict) and entry.keys() == whole}
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_scan(item: Item, preset: Preset) -> dict[str, Any]:
-    """Check one scan.
-
-    Returns:
-        ``shape`` in voxels and ``spacing`` in mm, in the file's axes; ``foreground``, whether the label map has any,
-        ``None`` without a label map.
-
-    Raises:
-        ScanError: naming the file and what was found.
-    """
-    name = item["image"] if isinstance(item["image"], str) else item["image"][0]
-    image = load_scan(item["image"])
-    check_image(image, name, len(preset.channels), len(preset.roi_size))
-    lowest, highest = float(image.min()), float(image.max())
-    if preset.window is not None and (highest <= preset.window[0] or lowest >= preset.window[1]):
-        raise ScanError(
-            f"{name}: constant image after the preset's window {list(preset.window)}, voxels lie in [{lowest:g}, "
-            f"{highest:g}]: remove the file, or choose a preset with another window (--dataset)"
-        )
-    foreground = None
-    if "label" in item:
-        label = load_scan(item["label"])
-        check_label(label, image, item["label"], preset.label_values)
-        foreground = bool(label.round().any())
-    pixdim = getattr(image, "pixdim", torch.ones(image.ndim - 1))
-    return {"shape": list(image.shape[1:]), "spacing": [float(p) for p in pixdim], "foreground": foreground}
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _file_state(item: Item) -> list[int]:
-    paths = [item["image"]] if isinstance(item["image"], str) else list(item["image"])
-    stats = [os.stat(path) for path in [*paths, *([item["label"]] if "label" in item else [])]]
-    return [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)]
+def _sizes(value: Any) -> Any:
+    """One number for all axes when they are equal."""
+    return value[0] if isinstance(value, list | tuple) and len(set(value)) == 1 else value
 
 
-def _resampled_size(shape: Sequence[int], spacing: Sequence[float], preset: Preset) -> tuple[int, ...]:
-    """About how many voxels a scan has at the preset's spacing (axes as in the file)."""
-    target = preset.spacing or spacing
-    return tuple(int(np.ceil(n * s / t)) for n, s, t in zip(shape, spacing, target, strict=True))
+def _knob(value: Any) -> str:
+    value = _sizes(value)
+    return f'"{list(value)}"' if isinstance(value, list | tuple) else str(value)

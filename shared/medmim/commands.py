@@ -7,17 +7,24 @@ other modules, which raise ``ValueError``.
 from __future__ import annotations
 
 import logging
+import os
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+import ignite.distributed as idist
+import torch
 from ignite.engine import Engine
-from monai.data import CacheDataset
+from torch import nn
 
-from medmim import checks, optim, phantom, weights
+from medmim import checks, command_line, networks, optim, phantom, scan_checks, scan_datasets, weights
+from medmim.datalists import Datalist
+from medmim.datasets import Preset
+from medmim.engines import autocast_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +45,41 @@ def ends_plainly(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+def lists_faults(check: Callable[P, None]) -> Callable[P, list[str]]:
+    """Turn ``ValueError`` and ``OSError`` of a check into a list of their lines, for :func:`refuse`."""
+
+    @wraps(check)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> list[str]:
+        try:
+            check(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            return str(error).splitlines()
+        return []
+
+    return wrapper
+
+
+def refuse(faults: Sequence[Sequence[str] | None]) -> None:
+    """End the run when any check found a fault, with all of them; on several processes each fault is said once.
+
+    Args:
+        faults: one list for each check; ``None`` for one that was not made.
+    """
+    lines = [line for fault in faults for line in fault or ()]
+    if idist.get_world_size() > 1:
+        gathered: Any = idist.all_gather([lines])
+        lines = [line for rank in gathered for line in rank[0]]
+    message = "\n".join(f"error: {line}" for line in dict.fromkeys(lines))
+    if not message:
+        return
+    if idist.get_world_size() > 1:
+        if idist.get_rank() == 0:
+            print(message, file=sys.stderr, flush=True)
+        idist.barrier()  # torchrun ends all processes with the first that ends
+        raise SystemExit(1)
+    raise SystemExit(message)
+
+
 @contextmanager
 def plain_faults() -> Iterator[None]:
     """Turn a fault of ours deep inside MONAI (a bad scan, a non-finite loss) into ``SystemExit`` with its message."""
@@ -52,10 +94,10 @@ def plain_faults() -> Iterator[None]:
         raise SystemExit(f"error: {fault.group(1)}") from error
 
 
-def cache_scans(data: Sequence[Any], transform: Callable, cache_rate: float, num_workers: int) -> CacheDataset:
-    """MONAI's ``CacheDataset``, which loads scans while it is made; a bad scan ends the run plainly."""
+def make_dataset(*args: Any, **kwargs: Any) -> scan_datasets.SeededDataset:
+    """:func:`medmim.scan_datasets.make_dataset`, which loads scans when it fills the memory; a bad one ends the run."""
     with plain_faults():
-        return CacheDataset(data, transform, cache_rate=cache_rate, num_workers=num_workers)
+        return scan_datasets.make_dataset(*args, **kwargs)
 
 
 def run_engine(engine: Engine, results: str | None = None) -> None:
@@ -67,20 +109,85 @@ def run_engine(engine: Engine, results: str | None = None) -> None:
     """
     with plain_faults():
         engine.run()
-    if results is not None:
+    if results is not None and idist.get_rank() == 0:
         logger.info(f"done, results are in {results}")
 
 
-check_data = ends_plainly(checks.check_data)
+def write_phantom(folder: str, n_cases: int) -> None:
+    """:func:`medmim.phantom.write_phantom`, by one process for all."""
+    if idist.get_rank() == 0:
+        ends_plainly(phantom.write_phantom)(folder, n_cases)
+    if idist.get_world_size() > 1:
+        idist.barrier()
+
+
+def compile_network(network: nn.Module) -> None:
+    """``torch.compile`` a network in place; names in its state dict stay as they are."""
+    network.compile()
+
+
+def report_run(
+    network: nn.Module,
+    device: str | torch.device,
+    amp: bool,
+    amp_dtype: str,
+    batch_size: int,
+    crops_per_scan: int,
+    accumulation_steps: int,
+    learning_rate: float,
+    split: Datalist,
+    preset: Preset,
+    roi_size: Sequence[int],
+    cache: str,
+    cache_rate: float,
+) -> None:
+    """Say in the log what a training is about to use, before it fills the memory."""
+    if idist.get_rank() > 0:
+        return
+    total, learning = (sum(p.numel() for p in network.parameters() if p.requires_grad or every) for every in (1, 0))
+    dtype = str(autocast_dtype(amp_dtype, device) if amp else torch.float32).removeprefix("torch.")
+    processes = idist.get_world_size()
+    logger.info(
+        f"{type(network).__name__} with {total / 1e6:.1f} M parameters ({learning / 1e6:.1f} M learn) on {device} in "
+        f"{dtype}; a step sees {batch_size} scans x {crops_per_scan} crops x {processes} processes x "
+        f"{accumulation_steps} batches = {batch_size * crops_per_scan * processes * accumulation_steps} crops at "
+        f"learning rate {learning_rate:g} (as given, not scaled)"
+    )
+    size = scan_datasets.estimate_cache_bytes([*split.training, *split.validation], preset, roi_size)
+    if cache == "memory":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        logger.info(f"cache: about {_gib(size * cache_rate * here)} of memory{_of_this_machine()}, filled now")
+    elif cache == "disk":
+        logger.info(f"cache: about {_gib(size)} on disk, filled as scans are first read")
+    else:
+        logger.info("cache: none, every scan is prepared each time that it is read")
+
+
+def _of_this_machine() -> str:
+    if not hasattr(os, "sysconf"):  # Windows
+        return ""
+    return f" of {_gib(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2g} GiB"
+
+
+check_command_line = lists_faults(command_line.check_command_line)
+check_data = lists_faults(checks.check_data)
+check_device = lists_faults(checks.check_device)
+check_encoder = lists_faults(checks.check_encoder)
 check_inference = ends_plainly(checks.check_inference)
-check_knobs = ends_plainly(checks.check_knobs)
+check_knobs = lists_faults(checks.check_knobs)
+check_labels = lists_faults(checks.check_labels)
+check_preset = lists_faults(checks.check_preset)
 check_same_dataset = ends_plainly(checks.check_same_dataset)
-check_schedule = ends_plainly(checks.check_schedule)
-check_scans = ends_plainly(checks.check_scans)
-check_switches = ends_plainly(checks.check_switches)
-check_sizes = ends_plainly(checks.check_sizes)
+check_schedule = lists_faults(checks.check_schedule)
+check_scans = lists_faults(scan_checks.check_scans)
+check_sizes = lists_faults(checks.check_sizes)
+check_switches = lists_faults(checks.check_switches)
+checkpoint_activations = ends_plainly(networks.checkpoint_activations)
 freeze_encoder = ends_plainly(optim.freeze_encoder)
 load_checkpoint = ends_plainly(weights.load_checkpoint)
-load_model = ends_plainly(weights.load_model)
 load_encoder = ends_plainly(weights.load_encoder)
-write_phantom = ends_plainly(phantom.write_phantom)
+load_model = ends_plainly(weights.load_model)

@@ -1,18 +1,125 @@
-"""How pretext batches pass through MONAI's trainer and evaluator."""
+"""How batches pass through MONAI's trainer and evaluator."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from monai.engines import IterationEvents, SupervisedTrainer
+from monai.utils import CommonKeys
 from torch import Tensor, nn
+
+AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def autocast_dtype(name: str, device: str | torch.device) -> torch.dtype:
+    """Number format of mixed precision.
+
+    Args:
+        name: ``bfloat16``, ``float16``, or ``auto``: bfloat16 where the device computes in it, else float16.
+        device: of the network.
+
+    Raises:
+        ValueError: when the name is unknown.
+    """
+    if name in AMP_DTYPES:
+        return AMP_DTYPES[name]
+    if name != "auto":
+        raise ValueError(f"--amp_dtype {name}: expected auto, bfloat16 or float16")
+    is_cuda = torch.device(device).type == "cuda"
+    return torch.float16 if is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False) else torch.bfloat16
+
+
+class TrainingStep:
+    """``iteration_update`` of MONAI's ``SupervisedTrainer``, which autocasts on CUDA only and always scales gradients.
+
+    Mixed precision on any device, with a gradient scaler for float16 only. With ``accumulation_steps`` N the
+    optimiser steps once in N batches (and at the end of an epoch) with the mean of their gradients; processes of
+    ``DistributedDataParallel`` exchange gradients only then. The output holds the loss alone, not the predictions,
+    which would stay in memory until the next iteration.
+
+    Args:
+        device: of the network.
+        amp: whether to use mixed precision.
+        dtype: its number format.
+        accumulation_steps: batches between two steps of the optimiser.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device,
+        amp: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+        accumulation_steps: int = 1,
+    ) -> None:
+        self.device_type = torch.device(device).type
+        self.amp = amp
+        self.dtype = dtype
+        self.accumulation_steps = accumulation_steps
+        self.scaler = torch.amp.GradScaler(self.device_type, enabled=amp and dtype == torch.float16)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the gradient scaler; empty without one."""
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of the gradient scaler, when both the run before and this one have one."""
+        if state_dict and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state_dict)
+
+    def __call__(self, engine: SupervisedTrainer, batchdata: Any) -> dict[str, Tensor]:
+        """One iteration; fires MONAI's ``IterationEvents``."""
+        inputs, targets, args, kwargs = self._prepare(engine, batchdata)
+        first, size, last = self._place(engine)
+        network: Any = engine.network
+        network.train()
+        if first:
+            engine.optimizer.zero_grad(set_to_none=engine.optim_set_to_none)
+        waits = not last and isinstance(network, nn.parallel.DistributedDataParallel)
+        with network.no_sync() if waits else nullcontext():
+            with torch.autocast(self.device_type, self.dtype, enabled=self.amp):
+                prediction = engine.inferer(inputs, network, *args, **kwargs)
+                engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+                loss = engine.loss_function(prediction, targets).mean()
+            engine.state.output = {CommonKeys.LOSS: loss.detach()}
+            engine.fire_event(IterationEvents.LOSS_COMPLETED)
+            self.scaler.scale(loss / size).backward()
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        if last:
+            self.scaler.step(engine.optimizer)
+            self.scaler.update()
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return engine.state.output
+
+    def _prepare(self, engine: SupervisedTrainer, batchdata: Any) -> tuple[Tensor, Any, tuple, dict[str, Any]]:
+        prepared = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)
+        inputs, targets, *rest = prepared
+        args, kwargs = rest or ((), {})
+        # metadata costs time in each operation, and torch.compile cannot see through it
+        return as_plain_tensor(inputs), as_plain_tensor(targets), args, kwargs
+
+    def _place(self, engine: SupervisedTrainer) -> tuple[bool, int, bool]:
+        """Of this batch among those of its optimiser step: whether it is the first, how many there are, the last."""
+        state: Any = engine.state
+        position = (state.iteration - 1) % state.epoch_length
+        start = position - position % self.accumulation_steps
+        size = min(self.accumulation_steps, state.epoch_length - start)
+        return position == start, size, position == start + size - 1
+
+
+def as_plain_tensor(value: Any) -> Any:
+    """A MetaTensor without its metadata; anything else as it is."""
+    return value.as_tensor() if hasattr(value, "as_tensor") else value
 
 
 def prepare_pretext_batch(
     batch: Mapping[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **kwargs: Any
 ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor], dict[str, Any]]:
     """``prepare_batch`` of a masked pretext task: the network is called as ``network(image, mask)``.
+
+    The network's mask stays on the host: the tokens are counted there, without waiting for the device.
 
     Args:
         batch: ``image`` ``(B, C, *spatial)``, ``mask`` ``(B, *grid)`` and, optionally, ``padding`` ``(B, *grid)``.
@@ -25,9 +132,8 @@ def prepare_pretext_batch(
         for key in ("image", "mask", "padding")
         if key in batch
     }
-    image = moved["image"].as_tensor() if hasattr(moved["image"], "as_tensor") else moved["image"]
-    moved["image"] = image
-    return image, moved, (moved["mask"],), {}
+    moved["image"] = as_plain_tensor(moved["image"])
+    return moved["image"], moved, (batch["mask"],), {}
 
 
 class PretextLoss(nn.Module):

@@ -2,26 +2,78 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 
-def replace_file(path: str | Path, write: Callable[[Path], Any]) -> None:
+
+class WriteError(OSError):
+    """A file could not be written, for example because the disk is full; the one before it is still there."""
+
+
+def replace_file(path: str | Path, write: Callable[[Path], Any], keep: str | Path | None = None) -> None:
     """Write a file under a temporary name beside its own, flush it to disk, and rename it.
 
     Args:
         path: the file.
         write: writes to the path that it is given.
+        keep: where the file that is replaced goes; ``None`` does not keep it.
+
+    Raises:
+        WriteError: naming the file and the reason; the file before is untouched, nothing half written is left.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                path.replace(keep)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    # torch.save wraps the system's error into a RuntimeError
+    except (OSError, RuntimeError) as error:
+        before = "the one before is untouched" if path.exists() else "nothing is left of it"
+        raise WriteError(f"{path}: cannot be written ({_reason(error)}); {before}: free space, and go on") from error
+    _flush_folder(path.parent)
+
+
+def save_tensors(path: str | Path, content: Any, keep: str | Path | None = None) -> None:
+    """``torch.save`` by way of :func:`replace_file`; equal content gives equal bytes."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a path, torch would write its name into the file
+            torch.save(content, file)
+
+    replace_file(path, write, keep)
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what a process that was killed in :func:`replace_file` has left beside a file."""
+    path = Path(path)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def _reason(error: BaseException) -> str:
+    while not isinstance(error, OSError) and error.__context__ is not None:
+        error = error.__context__
+    return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:150]
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a renaming last beyond a power failure, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from medmim.datasets import Preset
 from medmim.description import describe, write_description
 from medmim.figures import curves_figure, figure_pixels, reconstruction_figure, save_figure
-from medmim.files import replace_file
+from medmim.files import replace_file, save_tensors
 from medmim.losses import MaskedReconstructionLoss
 from medmim.metrics import SegmentationScores
 from medmim.networks.patches import hidden_voxels
@@ -35,20 +35,38 @@ class NonFiniteLossError(ValueError):
 
 
 class StopOnNonFiniteLoss:
-    """End a training whose loss is NaN or infinite, before it reaches the weights; names the batch."""
+    """End a training whose loss is NaN or infinite, before it reaches a file; names the batch.
+
+    A loss is looked at in the following iteration, when the device has it ready, so that nothing waits for it. Stands
+    before the handlers that write.
+    """
 
     def attach(self, engine: Engine) -> None:
         """Attach to a MONAI trainer."""
+        self.latest: tuple[torch.Tensor, str, list[str]] | None = None
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.check)
 
     def __call__(self, engine: Engine) -> None:
+        self.check()
         state: Any = engine.state
-        loss = float(state.output["loss"])
+        iteration = (state.iteration - 1) % state.epoch_length + 1
+        place = f"in epoch {state.epoch}, iteration {iteration}"
+        self.latest = (state.output["loss"], place, batch_files(state.batch))
+
+    def check(self, engine: Engine | None = None) -> None:
+        """Look at the latest loss.
+
+        Raises:
+            NonFiniteLossError: naming epoch, iteration and files.
+        """
+        if self.latest is None:
+            return
+        loss, place, files = self.latest
+        self.latest = None
         if not math.isfinite(loss):
-            iteration = (state.iteration - 1) % state.epoch_length + 1
             raise NonFiniteLossError(
-                f"the loss is {loss} in epoch {state.epoch}, iteration {iteration}, with "
-                f"{', '.join(batch_files(state.batch))}: lower --learning_rate, or try --amp False"
+                f"the loss is {float(loss)} {place}, with {', '.join(files)}: lower --learning_rate, or try --amp False"
             )
 
 
@@ -56,35 +74,6 @@ def batch_files(batch: Any) -> list[str]:
     """Names of the image files in a collated batch, each once, however many crops of it there are."""
     names = getattr(batch["image"], "meta", {}).get("filename_or_obj", "unknown files")
     return [names] if isinstance(names, str) else list(dict.fromkeys(str(name) for name in names))
-
-
-class SaveCheckpoint:
-    """Write what a training needs to go on: the state of each object, and of the trainer.
-
-    Args:
-        path: the file; replaced in one step, so that a crash while writing leaves the one before.
-        objects: name and object with a ``state_dict``.
-        interval: epochs between two checkpoints; the last epoch is always written.
-        made_with: knobs that whoever loads it must give as well; plain values.
-    """
-
-    def __init__(
-        self, path: str, objects: Mapping[str, Any], interval: int, made_with: Mapping[str, Any] | None = None
-    ) -> None:
-        self.path = path
-        self.made_with = dict(made_with or {})
-        self.objects = objects
-        self.interval = interval
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to a trainer."""
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        if engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs:
-            content = {name: item.state_dict() for name, item in self.objects.items()}
-            content |= {"epoch": engine.state.epoch, "iteration": engine.state.iteration, "made_with": self.made_with}
-            replace_file(self.path, lambda temporary: torch.save(content, temporary))
 
 
 class SaveEncoder:
@@ -110,7 +99,8 @@ class SaveEncoder:
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        if idist.get_rank() == 0:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
         if engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs:
@@ -136,7 +126,8 @@ class SaveBestModel:
 
     def attach(self, engine: Engine) -> None:
         """Attach to a MONAI evaluator, which keeps the best metric and its epoch in its state."""
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        if idist.get_rank() == 0:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
         state: Any = engine.state
@@ -148,14 +139,15 @@ class SaveBestModel:
 def save_model(models_dir: Path, network: nn.Module, img_size: Sequence[int], preset: Preset) -> None:
     """Write the flat state dict ``model.pt`` and its description ``model.json``."""
     state_dict = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
-    replace_file(models_dir / "model.pt", lambda temporary: torch.save(state_dict, temporary))
+    save_tensors(models_dir / "model.pt", state_dict)
     write_description(describe(network, img_size, preset), models_dir / "model.json")
 
 
 class LearningCurve:
     """Write the scalars of a training as ``scalars.csv`` and ``curves.png``, brought up to date after each epoch.
 
-    Stands after the validation handler, so that an epoch's row holds its validation.
+    Stands after the validation handler, so that an epoch's row holds its validation. The learning rate is put into
+    the trainer's state too, for TensorBoard. Losses are means over all processes; rank 0 writes.
 
     Args:
         output_dir: where the two files go.
@@ -168,7 +160,7 @@ class LearningCurve:
         self.optimizer = optimizer
         self.evaluator = evaluator
         self.rows: list[dict[str, float]] = []
-        self.losses: list[float] = []
+        self.losses: list[torch.Tensor] = []
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -176,26 +168,50 @@ class LearningCurve:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._remember)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
 
+    def state_dict(self) -> dict[str, Any]:
+        """All rows up to now."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on after these rows."""
+        self.rows = list(state_dict["rows"])
+        self.started = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0)
+
     def _start(self, engine: Engine) -> None:
         self.started = time.monotonic()
+        self._say_learning_rate(engine)
+
+    def _say_learning_rate(self, engine: Engine) -> None:
+        state: Any = engine.state
+        state.learning_rate = self._learning_rate()
+
+    def _learning_rate(self) -> float:
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _remember(self, engine: Engine) -> None:
         output: Any = engine.state.output
-        self.losses.append(float((output[0] if isinstance(output, list) else output)["loss"]))
+        # kept where it is until the epoch's end: reading it now would wait for the device
+        self.losses.append((output[0] if isinstance(output, list) else output)["loss"])
 
     def _write(self, engine: Engine) -> None:
+        loss: Any = torch.stack(self.losses).mean()
+        if idist.get_world_size() > 1:
+            loss = idist.all_reduce(loss) / idist.get_world_size()
+        self.losses = []
+        self._say_learning_rate(engine)
         row: dict[str, float] = {
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
             "seconds": round(time.monotonic() - self.started, 1),
-            "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),
-            "train_loss": float(np.mean(self.losses)),
+            "learning_rate": self._learning_rate(),
+            "train_loss": float(loss),
         }
-        self.losses = []
         validated = self.evaluator is not None and self.evaluator.state.epoch == engine.state.epoch
         if validated and self.evaluator is not None:
             row |= {name: float(value) for name, value in self.evaluator.state.metrics.items()}
         self.rows.append(row)
+        if idist.get_rank() > 0:
+            return
         self.write_csv()
         if validated or engine.state.epoch == engine.state.max_epochs:
             self.write_png()
@@ -208,12 +224,15 @@ class LearningCurve:
 
     def write_csv(self) -> None:
         """Write all rows; what an epoch did not measure stays empty."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        with (self.output_dir / "scalars.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
+
+        def write(path: Path) -> None:
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+        replace_file(self.output_dir / "scalars.csv", write)
 
     def write_png(self) -> None:
         """Draw losses and validation metrics against the epoch."""
@@ -255,7 +274,8 @@ class ReconstructionPreview:
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        if idist.get_rank() == 0:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
         epoch = engine.state.epoch
@@ -311,7 +331,8 @@ class SaveScores:
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator."""
-        engine.add_event_handler(Events.COMPLETED, self)
+        if idist.get_rank() == 0:
+            engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)

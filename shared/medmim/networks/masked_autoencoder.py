@@ -76,7 +76,7 @@ class MaskedAutoencoder(nn.Module):
 
         Args:
             image: ``(B, C, *img_size)``.
-            mask: boolean ``(B, *grid)``, True = hidden, the same number hidden in each sample.
+            mask: boolean ``(B, *grid)``, True = hidden, the same number hidden in each sample; on any device.
 
         Returns:
             ``(B, N, prod(patch_size) * C)``, tokens in raster order, channel last.
@@ -89,7 +89,8 @@ class MaskedAutoencoder(nn.Module):
                 f"image of {tuple(image.shape[2:])} voxels with a mask of {tuple(mask.shape[1:])} tokens, "
                 f"expected {self.img_size} and {self.grid}"
             )
-        visible, hidden = token_ids(mask)
+        # ids are moved after counting, so that a mask on the host needs no waiting for the device
+        visible, hidden = (ids.to(image.device, non_blocking=True) for ids in token_ids(mask))
         patches = gather_tokens(patchify(image, self.patch_size), visible)
         latent = self.encode(patches, visible)
         return self.decoder(latent, visible, hidden)
