@@ -50,7 +50,7 @@ def check_knobs(
     """Check plain values of knobs; all faults are reported together.
 
     Args:
-        whole: name and value of knobs that must be whole numbers of at least 1.
+        whole: name and value of knobs that must be whole numbers of at least 1; or name, value and lowest number.
         numbers: name, and then the value, the lowest and the highest allowed number.
         one_of: name, and then the value followed by the allowed ones.
         divisible: name, and then the value and a number that must divide it.
@@ -58,11 +58,11 @@ def check_knobs(
     Raises:
         ValueError: one line for each fault.
     """
-    faults = [
-        f"--{name} {value}: expected a whole number of at least 1"
-        for name, value in (whole or {}).items()
-        if not _is_whole(value) or value < 1
-    ]
+    faults = []
+    for name, entry in (whole or {}).items():
+        value, lowest = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (entry, 1)
+        if not _is_whole(value) or value < lowest:
+            faults.append(f"--{name} {value}: expected a whole number of at least {lowest}")
     for name, (value, lowest, highest) in (numbers or {}).items():
         if not _is_number(value) or not lowest <= value <= highest:
             bounds = f"from {lowest} to {highest}" if highest < math.inf else f"of at least {lowest}"

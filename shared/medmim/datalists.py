@@ -167,8 +167,11 @@ def _read_decathlon(path: Path, root: Path, labelled: bool) -> tuple[list[Item],
 
 
 def _read_csv(path: Path, root: Path, labelled: bool) -> list[Item]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not readable as a CSV in UTF-8 ({error}): save it as UTF-8") from error
     for column in ["image", "label"] if labelled else ["image"]:
         for number, row in enumerate(rows, start=2):
             if not row.get(column):

@@ -18,47 +18,34 @@ from monai.networks.nets import ViT
 from torch import nn
 
 from medmim.datasets import Preset
+from medmim.encoders import KINDS, describe_vit, kind_of
 from medmim.files import replace_file
 from medmim.networks import UNETR, FeatureExtractor
-from medmim.networks.vit import prepare_vit_blocks, vit_channels, vit_patch_size
 from medmim.version import FORMAT_VERSION, __version__
 
-
-def describe_vit(vit: ViT, img_size: Sequence[int]) -> dict[str, Any]:
-    """Constructor arguments of a MONAI ViT, read off the network itself."""
-    block: Any = vit.blocks[0]
-    return {
-        "in_channels": vit_channels(vit),
-        "img_size": list(img_size),
-        "patch_size": list(vit_patch_size(vit)),
-        "hidden_size": vit.norm.normalized_shape[0],
-        "mlp_dim": block.mlp.linear1.out_features,
-        "num_layers": len(vit.blocks),
-        "num_heads": block.attn.num_heads,
-        "qkv_bias": block.attn.qkv.bias is not None,
-        "spatial_dims": len(img_size),
-    }
+OLDEST_FORMAT = 1  # the oldest layout that is still read
 
 
 def describe_network(network: nn.Module, img_size: Sequence[int]) -> dict[str, Any]:
     """Name and constructor arguments of a network of this project.
 
     Args:
-        network: MONAI ``ViT``, or ``FeatureExtractor`` or ``UNETR`` of this package.
+        network: MONAI ``ViT`` or ``SwinTransformer``, or ``FeatureExtractor`` or ``UNETR`` of this package.
         img_size: voxels along each axis that it was built for.
 
     Raises:
         ValueError: when the class is another one.
     """
-    if isinstance(network, ViT):
-        return {"name": "ViT", "arguments": describe_vit(network, img_size)}
+    kind = kind_of(network)
+    if kind is not None:
+        return {"name": kind.name, "arguments": kind.describe(network, img_size)}
     if isinstance(network, FeatureExtractor):
         return {"name": "FeatureExtractor", "arguments": describe_vit(network.encoder, img_size)}
     if isinstance(network, UNETR):
         head = network.out.conv.conv
         own = {"out_channels": head.out_channels, "feature_size": head.in_channels, "norm_name": network.norm_name}
         return {"name": "UNETR", "arguments": describe_vit(network.vit, img_size) | own}
-    raise ValueError(f"cannot describe a {type(network).__name__}: expected ViT, FeatureExtractor or UNETR")
+    raise ValueError(f"cannot describe a {type(network).__name__}: expected {', '.join(BUILDERS)}")
 
 
 def describe(network: nn.Module, img_size: Sequence[int], preset: Preset) -> dict[str, Any]:
@@ -71,18 +58,11 @@ def describe(network: nn.Module, img_size: Sequence[int], preset: Preset) -> dic
     }
 
 
-def _build_vit(**arguments: Any) -> ViT:
-    vit = ViT(**arguments)
-    prepare_vit_blocks(vit.blocks)
-    return vit
-
-
 def _build_feature_extractor(**arguments: Any) -> FeatureExtractor:
     return FeatureExtractor(ViT(**arguments), arguments["img_size"])
 
 
-BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    "ViT": _build_vit,
+BUILDERS: dict[str, Callable[..., nn.Module]] = {kind.name: kind.build for kind in KINDS} | {
     "FeatureExtractor": _build_feature_extractor,
     "UNETR": UNETR,
 }
@@ -100,18 +80,40 @@ def build_network(description: dict[str, Any]) -> nn.Module:
     return BUILDERS[network["name"]](**network["arguments"])
 
 
+def is_description(value: Any) -> bool:
+    """Whether a value that stands under ``description`` in a file was written by this package, in any version."""
+    return isinstance(value, dict) and bool(value.keys() & {"format_version", "medmim_version"})
+
+
+def check_description(description: dict[str, Any], path: str | Path) -> None:
+    """Refuse a description of another version, or one that has lost a part.
+
+    Raises:
+        ValueError: naming the file and what is wrong.
+    """
+    check_version(description, path)
+    network, preset = description.get("network"), description.get("preset")
+    whole = isinstance(network, dict) and isinstance(network.get("arguments"), dict) and "name" in network
+    if not whole or not isinstance(preset, dict):
+        raise ValueError(f"{path}: its description lacks the network's name or arguments, or the preset: train again")
+
+
 def check_version(description: dict[str, Any], path: str | Path) -> None:
-    """Refuse a description that a newer package wrote.
+    """Refuse a description that a newer package wrote, or one too old to be read.
 
     Raises:
         ValueError: naming both versions.
     """
-    found = description.get("format_version")
-    if not isinstance(found, int) or found > FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format version {found} (medmim {description.get('medmim_version')}), "
-            f"this is medmim {__version__} with format version {FORMAT_VERSION}: update medmim"
-        )
+    found, writer = description.get("format_version"), description.get("medmim_version", "of an unknown version")
+    if isinstance(found, int) and OLDEST_FORMAT <= found <= FORMAT_VERSION:
+        return
+    old = found is None or (isinstance(found, int) and found < OLDEST_FORMAT)
+    known = f"{OLDEST_FORMAT}" if OLDEST_FORMAT == FORMAT_VERSION else f"{OLDEST_FORMAT} to {FORMAT_VERSION}"
+    raise ValueError(
+        f"{path}: format version {'missing' if found is None else found} (written by medmim {writer}), this is medmim "
+        f"{__version__}, which reads version {known}: "
+        + (f"train again, or use it with medmim {writer}" if old else "update medmim")
+    )
 
 
 def write_description(description: dict[str, Any], path: str | Path) -> None:

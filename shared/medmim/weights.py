@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -10,18 +10,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.networks.nets import ViT
 from monai.utils import ensure_tuple, ensure_tuple_rep
 from torch import Tensor, nn
 
 from medmim.datasets import Preset
-from medmim.description import build_network, check_version, describe, describe_vit, read_description
+from medmim.description import build_network, describe
+from medmim.encoders import KINDS, EncoderKind, kind_of
 from medmim.files import replace_file
-from medmim.networks.vit import vit_patch_size
+from medmim.state_dicts import (
+    as_knob,
+    count_faults,
+    load_checkpoint,
+    load_model,
+    load_strictly,
+    read_checkpoint,
+    save_safetensors,
+)
 
-POSITIONS = "patch_embedding.position_embeddings"
-STEM = "patch_embedding.patch_embeddings.weight"
-NESTED_KEYS = ("state_dict", "model", "network")
+__all__ = [
+    "LoadReport",
+    "build_encoder",
+    "find_encoder",
+    "load_checkpoint",
+    "load_encoder",
+    "load_model",
+    "read_checkpoint",
+    "save_encoder",
+    "save_safetensors",
+]
 
 
 @dataclass
@@ -54,12 +70,12 @@ class LoadReport:
         return ", ".join(parts)
 
 
-def save_encoder(path: str | Path, encoder: ViT, img_size: Sequence[int], preset: Preset) -> None:
+def save_encoder(path: str | Path, encoder: nn.Module, img_size: Sequence[int], preset: Preset) -> None:
     """Write ``encoder.pt``: ``{"state_dict": MONAI's own names, "description": ...}``.
 
     Args:
         path: the file; replaced in one step.
-        encoder: MONAI ViT.
+        encoder: MONAI ``ViT`` or ``SwinTransformer``.
         img_size: voxels along each axis that it was built for.
         preset: the data that it was trained on.
     """
@@ -77,51 +93,26 @@ def build_encoder(path: str | Path) -> nn.Module:
     state_dict, description = read_checkpoint(path)
     if description is None:
         raise ValueError(f"{path}: carries no description: build the network yourself and use load_encoder")
-    encoder = build_network(description)
-    _load_strictly(encoder, state_dict, path)
-    return encoder
-
-
-def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """State dict of a checkpoint, and its description when it is one of ours.
-
-    The state dict may be the file's content itself, or stand under ``state_dict``, ``model`` or ``network``.
-    Files are read with ``weights_only=True``: code in a pickle is never run.
-
-    Raises:
-        ValueError: when the file is missing, damaged, holds code, or no tensors are found.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file: train first, or correct the path")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes torch raise anything, also IndexError or struct.error
-        reason = " ".join(str(error).split()).split(". ")[0][:150]
-        raise ValueError(f"{path}: not readable as a checkpoint of plain tensors ({reason}): get it again") from error
-    description = content.get("description") if isinstance(content, dict) else None
-    if not isinstance(description, dict) or "format_version" not in description:
-        description = None  # none of ours
-    for key in NESTED_KEYS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path}: holds no state dict (looked at top level and under {', '.join(NESTED_KEYS)})")
-    if description is not None:
-        check_version(description, path)
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}, description
+        network = build_network(description)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: its description makes no network ({error}): save it again, or train again"
+        ) from error
+    load_strictly(network, state_dict, path)
+    return find_encoder(network)
 
 
-def find_encoder(network: nn.Module) -> ViT:
-    """The one ViT inside a network (or the network itself).
+def find_encoder(network: nn.Module) -> Any:
+    """The one encoder inside a network (or the network itself): MONAI ``ViT`` or ``SwinTransformer``.
 
     Raises:
         ValueError: when there is none, or more than one.
     """
-    found = [module for module in network.modules() if isinstance(module, ViT)]
+    found = [module for module in network.modules() if kind_of(module) is not None]
     if len(found) != 1:
-        raise ValueError(f"{type(network).__name__} holds {len(found)} ViT encoders, expected one")
+        counts = ", ".join(f"{sum(kind_of(m) is kind for m in found)} {kind.name} encoders" for kind in KINDS)
+        raise ValueError(f"{type(network).__name__} holds {counts}: expected one encoder")
     return found[0]
 
 
@@ -137,8 +128,10 @@ def load_encoder(
     number of channels; one for several channels is summed for a single-channel network.
 
     Args:
-        network: holds one MONAI ``ViT``: a ``ViT`` itself, MONAI's or our ``UNETR``, a pretext network.
-        path: ``encoder.pt``, or a checkpoint that holds a ViT with MONAI's names behind any prefix.
+        network: holds one MONAI ``ViT`` or ``SwinTransformer``: the encoder itself, MONAI's ``UNETR`` or ``SwinUNETR``,
+            a network of this package.
+        path: ``encoder.pt``, or any checkpoint that holds one such encoder with MONAI's names behind any prefix; also
+            safetensors, and MONAI's published Swin weights (``model_swinvit.pt``, ``ssl_pretrained_weights.pth``).
         img_size: voxels that the network was built for; needed only for a bare ``ViT``, which does not know its grid,
             when it has another one than the file (as many tokens are taken for the same grid without it).
         allow_new: beginnings of tensor names that may stay as they are when the file has nothing for them (for
@@ -148,190 +141,166 @@ def load_encoder(
         report, which is also printed.
 
     Raises:
-        ValueError: when a tensor of the encoder would stay unloaded, naming it and the reason.
+        ValueError: when a tensor of the encoder would stay unloaded, naming it and the reason; the network is then
+            as it was.
     """
-    if "" in ensure_tuple(allow_new):
+    allowed = ensure_tuple(allow_new)
+    if "" in allowed:
         raise ValueError("allow_new: an empty beginning would allow every tensor: name those that may stay")
     source, description = read_checkpoint(path)
     encoder = find_encoder(network)
-    report = LoadReport(str(path))
-    prefix = _encoder_prefix(source, path)
-    tensors = {name.removeprefix(prefix): value for name, value in source.items() if name.startswith(prefix)}
-    target_grid = _network_grid(network, encoder, img_size)
-    target = encoder.state_dict()
-    _check_architecture(tensors, target, encoder, description, path, allow_new)
+    kind = next(kind for kind in KINDS if isinstance(encoder, kind.encoder_class))
+    names = _names_of_encoder(source, kind, path)
+    tensors = {name: source[original] for name, original in names.items()}
+    arguments = None if description is None else description["network"]["arguments"]
+    _check_architecture(tensors, arguments, encoder, kind, allowed, path)
 
+    report = LoadReport(str(path))
+    target = encoder.state_dict()
     for name, current in target.items():
         value = tensors.get(name)
         if value is None:
             report.new.append(name)
-        elif name == POSITIONS:
-            target[name], resized = _fit_positions(value, current, description, target_grid, path)
+        elif name == kind.positions:
+            grid = _network_grid(network, encoder, kind, img_size)
+            target[name], resized = _fit_positions(value, current, _file_grid(kind, arguments, path), grid, path)
             (report.resized if resized else report.loaded).append(name)
-        elif name == STEM and value.shape != current.shape:
+        elif name == kind.stem and value.shape != current.shape:
             adapted = _adapt_stem(value, current.shape[1])
             target[name] = current if adapted is None else adapted
             (report.new if adapted is None else report.adapted).append(name)
         else:
             target[name] = value
             report.loaded.append(name)
-    report.unused = [name for name in source if name.removeprefix(prefix) not in target or not name.startswith(prefix)]
+    taken = {original for name, original in names.items() if name in target}
+    report.unused = [name for name in source if name not in taken]
     encoder.load_state_dict(target, strict=True)
     print(report)
     return report
 
 
-def load_checkpoint(network: nn.Module, path: str | Path, made_with: Mapping[str, Any] | None = None) -> None:
-    """Load a checkpoint into exactly the network that it was saved from.
+def _names_of_encoder(source: Mapping[str, Tensor], wanted: EncoderKind, path: str | Path) -> dict[str, str]:
+    """The encoder's names for the tensors of the one encoder in a file, each with the file's own name."""
+    found = []
+    for kind in KINDS:
+        originals = {kind.rename(name): name for name in source}
+        found += [(kind, prefix, originals) for prefix in kind.prefixes(originals)]
+    if not found:
+        anchors = " or ".join(f"…{kind.anchor} ({kind.name})" for kind in KINDS)
+        raise ValueError(f"{path}: 0 tensors are named {anchors}: give a file that holds a {wanted.name} of MONAI")
+    if len(found) > 1:
+        places = ", ".join(f"{kind.name} at {prefix or 'the top'}" for kind, prefix, _ in found)
+        raise ValueError(f"{path}: holds {len(found)} encoders ({places}), expected one: save the one alone")
+    kind, prefix, originals = found[0]
+    if kind is not wanted:
+        raise ValueError(
+            f"{path}: holds a {kind.name}, but the network's encoder is a {wanted.name}: "
+            f"give a file of a {wanted.name}, or build the network with a {kind.name}"
+        )
+    return {name.removeprefix(prefix): original for name, original in originals.items() if name.startswith(prefix)}
+
+
+def _check_architecture(
+    tensors: Mapping[str, Tensor],
+    arguments: Mapping[str, Any] | None,
+    encoder: nn.Module,
+    kind: EncoderKind,
+    allowed: tuple[str, ...],
+    path: str | Path,
+) -> None:
+    """Refuse another architecture before any tensor is changed.
 
     Args:
-        network: the network.
-        path: ``checkpoint.pt`` or ``model.pt``.
-        made_with: knobs that must be those of the training; compared with what ``checkpoint.pt`` says of it.
-
-    Raises:
-        ValueError: when a knob, a name or a shape differs.
+        tensors: of the file, under the encoder's names.
+        arguments: constructor arguments that the file describes; None when it has no description.
+        encoder: the network's, of this ``kind``.
+        allowed: beginnings of names that may stay.
+        path: the file.
     """
-    state_dict, _ = read_checkpoint(path)
-    if made_with is not None:
-        recorded = torch.load(path, map_location="cpu", weights_only=True).get("made_with", {})
-        _check_same(recorded, made_with, path)
-    _load_strictly(network, state_dict, path)
+    faults = _faults(tensors, encoder, kind, allowed)
+    read = kind.sizes(tensors)
+    theirs = read if arguments is None else dict(arguments)
+    ours = kind.describe(encoder, theirs.get("img_size", ())) if arguments else kind.sizes(encoder.state_dict())
+    fitted = ("img_size", "in_channels", "in_chans")  # positions are resized, the stem is adapted
+    different = [key for key in ours if key in theirs and theirs[key] != ours[key] and key not in fitted]
+    hidden = [key for key in different if key not in read]  # no shape tells it, like the number of heads of a ViT
+    if not faults and not hidden:
+        return
+    told = [f"{key} {theirs[key]}, expected {ours[key]}" for key in different]
+    told += [count_faults(faults)] if faults else []
+    knobs = " ".join(as_knob(dict(kind.knobs).get(key, key), theirs[key]) for key in different)
+    raise ValueError(
+        f"{path}: another architecture than the network's: {'; '.join(told)}."
+        + (f" The file was made with {knobs}" if knobs else "")
+    )
 
 
-def load_model(network: nn.Module, models_dir: str | Path, img_size: Sequence[int], preset: Preset) -> None:
-    """Load ``model.pt`` into the network, after ``model.json`` was compared with network and preset.
-
-    Args:
-        network: UNETR or feature extractor of this package.
-        models_dir: folder of the two files.
-        img_size: voxels along each axis that the network was built for.
-        preset: the data that it is to be used on.
-
-    Raises:
-        ValueError: when preset, a knob, a name or a shape differs.
-    """
-    path = Path(models_dir) / "model.json"
-    theirs = read_description(path)
-    ours = json.loads(json.dumps(describe(network, img_size, preset)))  # as read: no tuples, keys are text
-    if theirs["preset"] != ours["preset"]:
-        raise ValueError(
-            f"{path}: trained with preset {theirs['preset']['name']}, whose fields differ from those of --dataset "
-            f"{preset.name}: give the preset that it was trained with"
-        )
-    recorded, found = theirs["network"]["arguments"], ours["network"]["arguments"]
-    recorded["roi_size"], found["roi_size"] = recorded.pop("img_size"), found.pop("img_size")
-    _check_same(recorded, found, path)
-    load_checkpoint(network, Path(models_dir) / "model.pt")
+def _faults(
+    tensors: Mapping[str, Tensor], encoder: nn.Module, kind: EncoderKind, allowed: tuple[str, ...]
+) -> list[str]:
+    """Why tensors of a file do not fit the encoder, one text for each that does not."""
+    target = encoder.state_dict()
+    found = []
+    for name, value in target.items():
+        may_stay = name.startswith(allowed) or re.search(kind.optional, name) is not None
+        found.append(_fault(name, tensors.get(name), value, kind, may_stay))
+    for name, value in encoder.named_buffers():
+        if name in tensors and tensors[name].shape == value.shape and not torch.equal(tensors[name].to(value), value):
+            found.append(f"{name} holds other values than the network's, which are computed from its arguments")
+    for name in tensors:
+        if name not in target and re.match(kind.body, name) and not re.search(kind.optional, name):
+            found.append(f"{name} has no place")
+    return [fault for fault in found if fault is not None]
 
 
-def _check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: str | Path) -> None:
-    different = [key for key in ours if key in theirs and theirs[key] != ours[key]]
-    if different:
-        wanted = " ".join(f"--{key} {_knob(theirs[key])}" for key in different)
-        raise ValueError(f"{path}: other knobs than it was trained with: give {wanted}")
+def _fault(name: str, found: Tensor | None, value: Tensor, kind: EncoderKind, may_stay: bool) -> str | None:
+    """Why a tensor of the file cannot become ``value``, the encoder's tensor; None when it can, or need not."""
+    if found is None:
+        return None if may_stay else f"{name} is missing"
+    if name == kind.positions:
+        same = found.shape[-1] == value.shape[-1]
+        return None if same else f"{name} has {found.shape[-1]} features, expected {value.shape[-1]}"
+    if found.shape == value.shape:
+        return None
+    if name == kind.stem and found.shape[:1] + found.shape[2:] == value.shape[:1] + value.shape[2:]:
+        adapts = may_stay or _adapt_stem(found, value.shape[1]) is not None
+        channels = f"{name} takes {found.shape[1]} channels, the network {value.shape[1]}"
+        return None if adapts else f"{channels}: allow_new=[{name.removesuffix('.weight')!r}] keeps the network's own"
+    return f"{name} is {tuple(found.shape)}, expected {tuple(value.shape)}"
 
 
-def _load_strictly(network: nn.Module, state_dict: dict[str, Tensor], path: str | Path) -> None:
-    expected = network.state_dict()
-    faults = [f"{name} is missing" for name in expected.keys() - state_dict.keys()]
-    faults += [f"{name} is unknown" for name in state_dict.keys() - expected.keys()]
-    faults += [
-        f"{name} is {tuple(state_dict[name].shape)}, expected {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in state_dict and state_dict[name].shape != value.shape
-    ]
-    if faults:
-        raise ValueError(
-            f"{path}: {len(faults)} tensors do not fit a {type(network).__name__}, first: {sorted(faults)[0]}: "
-            "give the knobs that it was trained with"
-        )
-    network.load_state_dict(state_dict, strict=True)
-
-
-def _encoder_prefix(source: dict[str, Tensor], path: str | Path) -> str:
-    prefixes = [name.removesuffix(POSITIONS) for name in source if name.endswith(POSITIONS)]
-    if len(prefixes) != 1:
-        raise ValueError(f"{path}: {len(prefixes)} tensors are named …{POSITIONS}, expected the one of a MONAI ViT")
-    return prefixes[0]
-
-
-def _network_grid(network: nn.Module, encoder: ViT, img_size: Sequence[int] | int | None) -> tuple[int, ...] | None:
+def _network_grid(
+    network: nn.Module, encoder: nn.Module, kind: EncoderKind, img_size: Sequence[int] | int | None
+) -> tuple[int, ...] | None:
     """Token grid of the network, None when it cannot be known."""
-    patch_size = vit_patch_size(encoder)
-    if img_size is not None:
-        sizes = ensure_tuple_rep(img_size, len(patch_size))
-        return tuple(size // patch for size, patch in zip(sizes, patch_size, strict=True))
+    if img_size is not None and kind.grid is not None:
+        spatial_dims = encoder.state_dict()[kind.stem].ndim - 2
+        return kind.grid(kind.describe(encoder, ensure_tuple_rep(img_size, spatial_dims)))
     for name in ("grid", "feat_size"):  # ours, MONAI's UNETR
         if hasattr(network, name):
             return tuple(getattr(network, name))
     return None
 
 
-def _check_architecture(
-    tensors: dict[str, Tensor],
-    target: dict[str, Tensor],
-    encoder: ViT,
-    description: dict[str, Any] | None,
-    path: str | Path,
-    allow_new: str | Sequence[str],
-) -> None:
-    """Refuse another architecture before any tensor is changed."""
-    faults = []
-    for name, value in target.items():
-        found = tensors.get(name)
-        allowed = name.startswith(ensure_tuple(allow_new)) or "norm_cross_attn" in name  # which nothing uses
-        if found is None:
-            if not allowed:
-                faults.append(f"{name} is missing")
-        elif name == POSITIONS:
-            if found.shape[-1] != value.shape[-1]:
-                faults.append(f"{name} has {found.shape[-1]} features, expected {value.shape[-1]}")
-        elif name == STEM:
-            if found.shape[:1] + found.shape[2:] != value.shape[:1] + value.shape[2:]:
-                faults.append(f"{name} is {tuple(found.shape)}, expected {tuple(value.shape)}")
-            elif _adapt_stem(found, value.shape[1]) is None and found.shape != value.shape and not allowed:
-                faults.append(f"{name} takes {found.shape[1]} channels, the network {value.shape[1]}")
-        elif found.shape != value.shape:
-            faults.append(f"{name} is {tuple(found.shape)}, expected {tuple(value.shape)}")
-    surplus = [name for name in tensors if name.startswith("blocks.") and name not in target]
-    faults += [f"{name} has no place" for name in surplus if "cross_attn" not in name]  # stale in old MONAI files
-    knobs = ""
-    if description is not None:
-        theirs = description["network"]["arguments"]
-        ours = describe_vit(encoder, theirs["img_size"])
-        if theirs["num_heads"] != ours["num_heads"]:  # which no tensor's shape tells
-            faults.append(f"blocks have {theirs['num_heads']} heads, expected {ours['num_heads']}")
-        different = [key for key in ours if key not in ("img_size", "in_channels") and theirs.get(key) != ours[key]]
-        if different:
-            knobs = " The file was made with " + " ".join(f"--{key} {_knob(theirs.get(key))}" for key in different)
-    if not faults:
-        return
-    raise ValueError(
-        f"{path}: another architecture than the network's: {len(faults)} tensors do not fit, first: {faults[0]}.{knobs}"
-    )
-
-
-def _knob(value: Any) -> str:
-    """A value as one types it on the command line; equal sizes of all axes as one number."""
-    if isinstance(value, list):
-        return str(value[0]) if len(set(value)) == 1 else f'"{value}"'
-    return str(value)
+def _file_grid(kind: EncoderKind, arguments: Mapping[str, Any] | None, path: str | Path) -> tuple[int, ...] | None:
+    """Token grid that a file describes, None when it does not."""
+    if arguments is None or kind.grid is None:
+        return None
+    try:
+        return kind.grid(arguments)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its description lacks img_size or patch_size: train again") from error
 
 
 def _fit_positions(
     positions: Tensor,
     current: Tensor,
-    description: dict[str, Any] | None,
+    source_grid: tuple[int, ...] | None,
     target_grid: tuple[int, ...] | None,
     path: str | Path,
 ) -> tuple[Tensor, bool]:
-    """Position embedding on the network's grid, and whether it had to be resized."""
-    source_grid = None
-    if description is not None:
-        arguments = description["network"]["arguments"]
-        source_grid = tuple(s // p for s, p in zip(arguments["img_size"], arguments["patch_size"], strict=True))
-    elif target_grid is not None and positions.shape[1] != current.shape[1]:
+    """Position embedding on the network's grid, and whether it had to be resized; grids are None when unknown."""
+    if source_grid is None and target_grid is not None and positions.shape[1] != current.shape[1]:
         side = round(positions.shape[1] ** (1 / len(target_grid)))
         if side ** len(target_grid) == positions.shape[1]:
             source_grid = (side,) * len(target_grid)

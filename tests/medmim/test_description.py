@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from monai.networks.nets import ViT
+from monai.networks.nets.swin_unetr import PatchMerging, SwinTransformer
 
 from medmim.datasets import preset_table
 from medmim.description import (
@@ -61,11 +62,10 @@ def test_a_network_built_from_its_description_is_the_same(network, channels, img
 
 
 def test_other_networks_are_refused(tiny_vit):
-    with pytest.raises(
-        ValueError, match="cannot describe a MaskedAutoencoder: expected ViT, FeatureExtractor or UNETR"
-    ):
+    known = "ViT, SwinTransformer, FeatureExtractor, UNETR"
+    with pytest.raises(ValueError, match=f"cannot describe a MaskedAutoencoder: expected {known}"):
         describe_network(MaskedAutoencoder(tiny_vit(), (16, 24, 8), "linear"), (16, 24, 8))
-    with pytest.raises(ValueError, match="unknown network 'Swin', known are ViT, FeatureExtractor, UNETR"):
+    with pytest.raises(ValueError, match=f"unknown network 'Swin', known are {known}"):
         build_network({"network": {"name": "Swin", "arguments": {}}})
 
 
@@ -99,13 +99,55 @@ def test_damaged_file(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, None, "1"])
-def test_other_format_versions_are_refused(tmp_path, version):
+@pytest.mark.parametrize(
+    ("version", "advice"),
+    [
+        (FORMAT_VERSION + 1, "update medmim"),
+        ("1", "update medmim"),
+        (0, r"train again, or use it with medmim 9\.0"),
+        (None, r"train again, or use it with medmim 9\.0"),
+    ],
+)
+def test_other_format_versions_are_refused(tmp_path, version, advice):
     content = {"network": {}, "preset": {}, "format_version": version, "medmim_version": "9.0"}
     (tmp_path / "model.json").write_text(json.dumps(content))
-    with pytest.raises(
-        ValueError, match=rf"format version {version} \(medmim 9\.0\), this is medmim {__version__} with"
-    ):
+    written = f"format version {'missing' if version is None else version} \\(written by medmim 9\\.0\\)"
+    reads = f"this is medmim {__version__}, which reads version {FORMAT_VERSION}: {advice}$"
+    with pytest.raises(ValueError, match=rf"model\.json: {written}, {reads}"):
         read_description(tmp_path / "model.json")
     with pytest.raises(ValueError, match=r"^w\.pt: format version"):
         check_version(content, "w.pt")
+
+
+SWIN = {"in_chans": 2, "embed_dim": 12, "depths": [1, 2, 1, 1], "num_heads": [2, 3, 4, 6]}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"window_size": [3, 3, 3], "patch_size": [2, 2, 2], "mlp_ratio": 3.3, "qkv_bias": False},
+        {"window_size": [2, 3, 4], "patch_size": [2, 1, 4], "downsample": "mergingv2", "patch_norm": True},
+        {"window_size": [4, 3], "patch_size": [2, 4], "spatial_dims": 2, "use_v2": True},
+    ],
+)
+def test_swin_built_from_its_description_is_the_same(arguments):
+    arguments = SWIN | arguments
+    swin = SwinTransformer(**arguments).eval()
+    description = json.loads(json.dumps({"network": describe_network(swin, (16, 16, 16))}))
+    assert description["network"]["name"] == "SwinTransformer"
+    defaults = {"mlp_ratio": 4.0, "qkv_bias": True, "patch_norm": False, "spatial_dims": 3, "downsample": "merging"}
+    assert description["network"]["arguments"] == defaults | {"use_v2": False} | arguments
+    built = build_network(description).eval()
+    built.load_state_dict(swin.state_dict(), strict=True)
+    scan = torch.rand(1, 2, *(37, 22, 18)[: len(arguments["window_size"])])
+    for found, expected in zip(built(scan), swin(scan), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_swin_of_another_make_is_not_described():
+    class Merging(PatchMerging):
+        pass
+
+    swin = SwinTransformer(window_size=[2, 2], patch_size=[2, 2], spatial_dims=2, downsample=Merging, **SWIN)
+    with pytest.raises(ValueError, match="cannot describe a SwinTransformer with Hyena blocks, or with a downsampling"):
+        describe_network(swin, (16, 16))

@@ -1,6 +1,5 @@
 """Weights that travel: nothing is lost on the way, nothing is skipped silently."""
 
-import pickle
 from itertools import product
 
 import monai.networks.nets
@@ -11,17 +10,16 @@ from medmim.datasets import get_preset
 from medmim.handlers import save_model
 from medmim.networks import UNETR, FeatureExtractor, MaskedAutoencoder
 from medmim.weights import (
-    POSITIONS,
-    STEM,
     build_encoder,
     find_encoder,
     load_checkpoint,
     load_encoder,
     load_model,
-    read_checkpoint,
     save_encoder,
 )
 
+POSITIONS = "patch_embedding.position_embeddings"
+STEM = "patch_embedding.patch_embeddings.weight"
 SIZE = (16, 24, 8)
 SMALL = {"hidden_size": 24, "mlp_dim": 32, "num_heads": 2}
 N_TENSORS = 31  # of a ViT with 2 layers: 5, and 13 in each block
@@ -243,7 +241,7 @@ def test_missing_tensors_are_refused_unless_named(tiny_vit, tmp_path):
     network = tiny_vit()
     with pytest.raises(ValueError, match=r"3 tensors do not fit, first: blocks\.1\.mlp\.linear1\.bias is missing\.$"):
         load_encoder(network, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match=r"1 tensors do not fit, first: blocks\.1\.mlp\.linear1\.bias is missing"):
+    with pytest.raises(ValueError, match=r"1 tensor does not fit, first: blocks\.1\.mlp\.linear1\.bias is missing"):
         load_encoder(network, tmp_path / "w.pt", allow_new=["norm."])
     own = network.norm.weight.detach().fill_(3.0).clone()
     report = load_encoder(network, tmp_path / "w.pt", allow_new=["norm.", "blocks.1.mlp.linear1.bias"])
@@ -279,20 +277,6 @@ def test_failed_resizing_changes_nothing(saved, tiny_vit):
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
-@pytest.mark.parametrize("key", [None, "state_dict", "model", "network"])
-@pytest.mark.parametrize("prefix", ["", "module.", "vit.", "encoder.", "module.model.encoder."])
-def test_any_prefix_and_nesting(tiny_vit, tmp_path, key, prefix):
-    vit = tiny_vit()
-    content = {prefix + name: tensor for name, tensor in vit.state_dict().items()}
-    content |= {"decoder.head.weight": torch.ones(2), "step": torch.tensor(3)}
-    torch.save(content if key is None else {key: content, "epoch": 3, "description": "mine"}, tmp_path / "w.pt")
-    network = tiny_vit()
-    report = load_encoder(network, tmp_path / "w.pt")
-    assert len(report.loaded) == N_TENSORS
-    assert sorted(report.unused) == ["decoder.head.weight", "step"]
-    assert all(torch.equal(tensor, vit.state_dict()[name]) for name, tensor in network.state_dict().items())
-
-
 def test_files_of_other_monai_versions(tiny_vit, tmp_path):
     """norm_cross_attn is missing in older ones, cross_attn was there in some; nothing uses either."""
     vit = tiny_vit()
@@ -320,75 +304,11 @@ def test_report_is_printed_and_counts(saved, tiny_vit, capsys):
     assert capsys.readouterr().out.strip() == text
 
 
-def test_file_without_a_vit_is_refused(tmp_path, tiny_vit):
-    torch.save({"conv.weight": torch.ones(3)}, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match=rf"0 tensors are named …{POSITIONS}, expected the one of a MONAI ViT"):
-        load_encoder(tiny_vit(), tmp_path / "w.pt")
-
-
 def test_network_without_or_with_two_vits_is_refused(tiny_vit):
-    with pytest.raises(ValueError, match="Linear holds 0 ViT encoders, expected one"):
+    with pytest.raises(ValueError, match="Linear holds 0 ViT encoders, 0 SwinTransformer encoders: expected one"):
         find_encoder(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="ModuleList holds 2 ViT encoders, expected one"):
+    with pytest.raises(ValueError, match="ModuleList holds 2 ViT encoders, 0 SwinTransformer encoders: expected one"):
         find_encoder(torch.nn.ModuleList([tiny_vit(), tiny_vit()]))
-
-
-class Bomb:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_pickled_code_is_not_run(tmp_path, tiny_vit):
-    torch.save({"state_dict": {"a": torch.ones(1)}, "bomb": Bomb(tmp_path / "bang")}, tmp_path / "w.pt")
-    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Bomb(tmp_path / "bang")))
-    for name in ("w.pt", "plain.pkl"):
-        with pytest.raises(ValueError, match="not readable as a checkpoint of plain tensors") as error:
-            load_encoder(tiny_vit(), tmp_path / name)
-        assert "\n" not in str(error.value)
-        assert not (tmp_path / "bang").exists()
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
-def test_truncated_file(saved, tiny_vit, share):
-    _, path = saved()
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(ValueError, match=f"^{path}: not readable as a checkpoint of plain tensors .*again$") as error:
-        load_encoder(tiny_vit(), path)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("content", [b"weights", b"\x80\x02]", b"\x80\x02N0abc.", b"\x1f\x8b" + bytes(40)])
-def test_file_of_another_kind(tmp_path, content):
-    (tmp_path / "w.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="not readable as a checkpoint") as error:
-        read_checkpoint(tmp_path / "w.pt")
-    assert "\n" not in str(error.value)
-
-
-def test_missing_file(tmp_path, tiny_vit):
-    with pytest.raises(ValueError, match=f"^{tmp_path}/w.pt: no such file: train first, or correct the path$"):
-        load_encoder(tiny_vit(), tmp_path / "w.pt")
-
-
-@pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2], torch.ones(3), {"model": {"a": 1}}])
-def test_file_without_tensors(tmp_path, content):
-    torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match=r"w\.pt: holds no state dict \(looked at top level and under state_dict, mo"):
-        read_checkpoint(tmp_path / "w.pt")
-
-
-def test_newer_format_is_refused(saved, tiny_vit):
-    _, path = saved()
-    content = torch.load(path, weights_only=True)
-    content["description"] |= {"format_version": 99, "medmim_version": "9.0"}
-    torch.save(content, path)
-    with pytest.raises(ValueError, match=r"format version 99 \(medmim 9\.0\).*update medmim"):
-        load_encoder(tiny_vit(), path)
 
 
 def test_saving_takes_a_network_on_any_device_and_keeps_no_graph(saved):
@@ -406,12 +326,17 @@ def test_load_checkpoint_is_strict(tiny_vit, tmp_path):
     load_checkpoint(network, path)
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), source.parameters(), strict=True))
     with pytest.raises(
-        ValueError, match=r"1 tensors do not fit a FeatureExtractor, first: .* is \(1, 6, 24\), expected"
+        ValueError,
+        match=r"1 tensor does not fit a FeatureExtractor, first: .* is \(1, 6, 24\), expected",
     ):
         load_checkpoint(FeatureExtractor(tiny_vit(1, (16, 24, 16)), (16, 24, 16)), path)
-    with pytest.raises(ValueError, match=r"13 tensors do not fit .*first: encoder\.blocks\.2\..* is missing: give"):
+    with pytest.raises(
+        ValueError, match=r"13 tensors do not fit a FeatureExtractor, first: encoder\.blocks\.2\..* is missing: give"
+    ):
         load_checkpoint(FeatureExtractor(tiny_vit(num_layers=3), SIZE), path)
-    with pytest.raises(ValueError, match=r"13 tensors do not fit .*first: encoder\.blocks\.1\..* is unknown"):
+    with pytest.raises(
+        ValueError, match=r"13 tensors do not fit a FeatureExtractor, first: encoder\.blocks\.1\..* is unknown"
+    ):
         load_checkpoint(FeatureExtractor(tiny_vit(num_layers=1), SIZE), path)
 
 
