@@ -137,21 +137,30 @@ def check_data(
             check_writable(folder)
         except ValueError as error:
             faults.append(str(error))
-    try:
-        split = load_datalist(dataset_dir, datalist, labelled, fold, folds, label_fraction)
-        logger.info(
-            f"{dataset}: {len(split.training)} scans for training, {len(split.validation)} for validation "
-            f"(fold {fold} of {folds}) from {dataset_dir}"
-        )
-        if len(split.validation) < idist.get_world_size():
-            faults.append(
-                f"--dataset_dir {dataset_dir}: {len(split.validation)} scans for validation by "
-                f"{idist.get_world_size()} processes: each needs one: start fewer, or lower --folds"
-            )
-    except (ValueError, TypeError) as error:
-        faults.append(str(error))
+    numbers_are_good = _is_whole(fold) and fold >= 0 and _is_whole(folds) and folds > 1
+    if numbers_are_good and _is_number(label_fraction) and 0 < label_fraction <= 1:  # check_knobs says so otherwise
+        faults += _split_faults(dataset, dataset_dir, datalist, labelled, fold, folds, label_fraction)
     if faults:
         raise ValueError("\n".join(faults))
+
+
+def _split_faults(dataset: str, dataset_dir: str, *args: Any) -> list[str]:
+    """What is wrong with a list of scans, and how it is split."""
+    try:
+        split = load_datalist(dataset_dir, *args)
+    except (ValueError, TypeError) as error:
+        return [str(error)]
+    *_, fold, folds, _ = args
+    logger.info(
+        f"{dataset}: {len(split.training)} scans for training, {len(split.validation)} for validation "
+        f"(fold {fold} of {folds}) from {dataset_dir}"
+    )
+    if len(split.validation) < idist.get_world_size():
+        return [
+            f"--dataset_dir {dataset_dir}: {len(split.validation)} scans for validation by "
+            f"{idist.get_world_size()} processes: each needs one: start fewer, or lower --folds"
+        ]
+    return []
 
 
 def check_labels(preset: Preset) -> None:
@@ -269,8 +278,16 @@ def check_sizes(
     Raises:
         ValueError: naming the knobs and the numbers.
     """
-    if not isinstance(roi_size, list | tuple) or len(roi_size) != spatial_dims:
-        raise ValueError(f'--roi_size {roi_size}: expected {spatial_dims} numbers in voxels, as in "[96, 96, 96]"')
+    faults = []
+    if not isinstance(roi_size, list | tuple) or not _are_sizes(roi_size, spatial_dims):
+        faults.append(f'--roi_size {roi_size}: expected {spatial_dims} numbers in voxels, as in "[96, 96, 96]"')
+    for knob, size in (("patch_size", patch_size), ("mask_unit", mask_unit)):
+        if not (_are_sizes(size, spatial_dims) or (knob == "mask_unit" and size is None)):
+            faults.append(f"--{knob} {size}: expected a whole number of voxels, or {spatial_dims} for the axes")
+    if mask_ratio is not None and not (_is_number(mask_ratio) and 0 <= mask_ratio < 1):
+        faults.append(f"--mask_ratio {mask_ratio}: expected a number from 0 to below 1")
+    if faults:
+        raise ValueError("\n".join(faults))
     along_axes = set(ensure_tuple_rep(patch_size, spatial_dims))
     if allowed_patch_sizes is not None and (len(along_axes) > 1 or not along_axes <= set(allowed_patch_sizes)):
         allowed = ", ".join(map(str, allowed_patch_sizes))
@@ -292,7 +309,11 @@ def check_sizes(
     if allowed_patch_sizes is not None and max(grid_size(roi_size, patch)) < 2:
         raise ValueError(f"--roi_size {list(roi_size)} holds one patch of {patch_size} voxels only: enlarge it")
     n_units = prod(grid_size(roi_size, unit))
-    if mask_ratio is not None and hidden_count(mask_ratio, n_units) == 0:
+    try:
+        count = None if mask_ratio is None else hidden_count(mask_ratio, n_units)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
+    if count == 0:
         raise ValueError(f"--mask_ratio {mask_ratio} hides none of {n_units} units: there would be nothing to learn")
 
 
@@ -302,6 +323,11 @@ def _is_whole(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_sizes(value: Any, axes: int) -> bool:
+    values = value if isinstance(value, list | tuple) else (value,) * axes
+    return len(values) == axes and all(_is_whole(size) and size > 0 for size in values)
 
 
 def _sizes(value: Any) -> Any:
