@@ -36,4 +36,4 @@ class FeatureExtractor(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """``(B, C, *img_size)`` to ``(B, hidden_size, *grid)``."""
         tokens = self.encoder(image)[0]
-        return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *self.grid)
+        return tokens.transpose(1, 2).unflatten(2, self.grid)

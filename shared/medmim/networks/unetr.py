@@ -117,7 +117,7 @@ class UNETR(nn.Module):
 
     def to_map(self, tokens: Tensor) -> Tensor:
         """Tokens ``(B, N, F)`` to a map ``(B, F, *grid)``."""
-        return tokens.transpose(1, 2).reshape([tokens.shape[0], tokens.shape[2], *self.grid])
+        return tokens.transpose(1, 2).unflatten(2, self.grid)
 
     def forward(self, image: Tensor) -> Tensor:
         """``(B, in_channels, *img_size)`` to logits ``(B, out_channels, *img_size)``."""

@@ -1,0 +1,93 @@
+"""What the tests of ``export`` share: weights as a training leaves them, without the training."""
+
+import sys
+import zipfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from medmim.datasets import get_preset
+from medmim.description import build_network, describe, write_description
+from medmim.version import __version__
+from medmim.weights import find_encoder, save_encoder
+from tools.export import export
+
+VIT = {"in_channels": 1, "spatial_dims": 3, "hidden_size": 48, "mlp_dim": 96, "num_heads": 4}
+SMALL = {"img_size": [16, 24, 16], "patch_size": [8, 8, 8], "num_layers": 4}  # needs our UNETR
+DEEP = {"img_size": [32, 48, 32], "patch_size": [16, 16, 16], "num_layers": 12}  # MONAI's does
+NETWORKS = {
+    "mae_vit_pretraining": ("FeatureExtractor", VIT),
+    "unetr_segmentation": ("UNETR", VIT | {"feature_size": 4}),
+}
+Weights = Callable[..., Path]
+Exported = Callable[..., Path]
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Weights:
+    """Writes ``model.pt``, ``model.json`` and ``encoder.pt`` (pre-training): ``weights(bundle, sizes, dataset)``."""
+
+    def write(bundle: str, sizes: dict[str, Any] = SMALL, dataset: str = "phantom") -> Path:
+        name, arguments = NETWORKS[bundle]
+        preset = get_preset(dataset)
+        if name == "UNETR":
+            arguments = arguments | {"out_channels": preset.n_classes}
+        torch.manual_seed(0)
+        network = build_network({"network": {"name": name, "arguments": arguments | sizes}})
+        for parameter in network.parameters():  # position embeddings and biases too, so that each tensor counts
+            torch.nn.init.normal_(parameter, std=0.1)
+        folder = tmp_path / "trained" / bundle
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(network.state_dict(), folder / "model.pt")
+        write_description(describe(network, sizes["img_size"], preset), folder / "model.json")
+        if name == "FeatureExtractor":
+            save_encoder(folder / "encoder.pt", find_encoder(network), sizes["img_size"], preset)
+        return folder / "model.pt"
+
+    return write
+
+
+@pytest.fixture
+def hide_package(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """When called, the package cannot be imported any more, as where it is neither installed nor on the path."""
+
+    def hide() -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] == "medmim"]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not (Path(entry) / "medmim").is_dir()])
+        finders = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]  # of pip install -e
+        monkeypatch.setattr(sys, "meta_path", finders)
+        assert find_spec("medmim") is None
+
+    return hide
+
+
+@pytest.fixture(scope="session")
+def made() -> dict[Any, dict[str, bytes]]:
+    """Exports of this session, so that each is made once: the files of a zip."""
+    return {}
+
+
+@pytest.fixture
+def exported(tmp_path: Path, made: dict[Any, dict[str, bytes]]) -> Exported:
+    """Exports and unzips a bundle, to a folder that the test may change: ``exported(bundle, weights=..., ...)``."""
+
+    def unzip(bundle: str, **options: Any) -> Path:
+        trained = Path(options["weights"]) if "weights" in options else None
+        files = [] if trained is None else [trained.read_bytes(), trained.with_name("model.json").read_bytes()]
+        key = (bundle, *files, *sorted((name, value) for name, value in options.items() if name != "weights"))
+        if key not in made:
+            export(bundle, output_dir=str(tmp_path / "dist"), **options)
+            with zipfile.ZipFile(tmp_path / "dist" / f"{bundle}_v{__version__}.zip") as archive:
+                made[key] = {name: archive.read(name) for name in archive.namelist()}
+        for name, content in made[key].items():
+            path = tmp_path / "unzipped" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return tmp_path / "unzipped" / bundle
+
+    return unzip
