@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from medmim.datasets import Preset, preset_table
-from medmim.description import read_preset
+from medmim.datasets import preset_table
+from medmim.description import name_data, read_preset
 from medmim.version import __version__
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
@@ -57,10 +58,18 @@ def make_metadata(folder: Path, description: dict[str, Any] | None, licenses: di
     return metadata
 
 
-def name_licenses(weights: str = NO_WEIGHTS, preset: Preset | None = None) -> dict[str, Any]:
-    """Licences of code, weights, and the data of a preset; without a preset, of all data that presets are for."""
-    presets = [preset] if preset is not None else list(preset_table().values())
-    data = {p.name: {"license": p.license, "citation": p.citation, "source": p.source} for p in presets}
+def name_licenses(weights: str = NO_WEIGHTS, description: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Licences of code, weights, and all data that described weights have seen; without, of all that presets are for.
+
+    Data without a licence are named in a warning.
+    """
+    seen = [asdict(preset) for preset in preset_table().values()]
+    if description is not None:
+        seen = name_data(description, "")
+    nameless = [about["name"] for about in seen if not about["license"] or about["license"] == "unknown"]
+    if nameless:
+        print(f"warning: {', '.join(nameless)}: no licence in the preset: name it before you give the weights away")
+    data = {about["name"]: {key: about[key] for key in ("license", "citation", "source")} for about in seen}
     return {"code": CODE_LICENSE, "weights": weights, "data": data}
 
 

@@ -227,7 +227,7 @@ def check_inference(models_dir: str, dataset_dir: str, output_dir: str, read_sca
     """
     description = read_description(Path(models_dir) / "model.json")
     check_writable(output_dir)
-    items = find_items(dataset_dir)
+    items = find_items(dataset_dir, leave_out=output_dir)
     logger.info(f"{len(items)} scans from {dataset_dir}")
     if read_scans:
         check_scans(items, read_preset(description), roi_size=description["network"]["arguments"]["img_size"])

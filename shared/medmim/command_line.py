@@ -37,7 +37,9 @@ def check_command_line(argv: Sequence[str] | None = None) -> None:
     if not given.get("config_file"):
         return  # MONAI says so itself
     config = ConfigParser(ConfigParser.load_config_files(given["config_file"]))
-    tracking: Any = DEFAULT_EXP_MGMT_SETTINGS.get(str(given.get("tracking")), {})
+    tracking: Any = given.get("tracking") or {}
+    if not isinstance(tracking, dict):
+        tracking = DEFAULT_EXP_MGMT_SETTINGS.get(tracking) or ConfigParser.load_config_files(tracking)
     known = RUNNER_OPTIONS | set(tracking.get("configs", {}))
     faults = []
     for name, value in given.items():

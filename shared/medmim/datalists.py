@@ -28,10 +28,14 @@ class Datalist:
     validation: list[Item]
 
 
-def find_scans(folder: str | Path) -> list[Path]:
+def find_scans(folder: str | Path, leave_out: str | Path | None = None) -> list[Path]:
     """NIfTI files below a folder, sorted, without a Decathlon folder's label maps and without hidden files.
 
     Hidden are also macOS's ``._`` companions.
+
+    Args:
+        folder: where to look.
+        leave_out: a folder below it whose files are none of them, such as results of an earlier run.
 
     Raises:
         ValueError: when the folder is missing or holds none.
@@ -42,6 +46,9 @@ def find_scans(folder: str | Path) -> list[Path]:
     found = sorted(
         path for path in folder.rglob("*") if path.name.endswith(SCAN_SUFFIXES) and not path.name.startswith(".")
     )
+    results = Path(leave_out).resolve() if leave_out is not None else folder.resolve()
+    if results != folder.resolve():
+        found = [path for path in found if not path.resolve().is_relative_to(results)]
     scans = [path for path in found if not LABEL_FOLDERS & set(path.relative_to(folder).parts[:-1])]
     if len(scans) < len(found):
         logger.info(f"{folder}: {len(found) - len(scans)} label maps in {' or '.join(sorted(LABEL_FOLDERS))} left out")
@@ -50,9 +57,9 @@ def find_scans(folder: str | Path) -> list[Path]:
     return scans
 
 
-def find_items(folder: str | Path) -> list[Item]:
+def find_items(folder: str | Path, leave_out: str | Path | None = None) -> list[Item]:
     """Every scan below a folder as ``{"image": path}``; see :func:`find_scans`."""
-    return [{"image": str(path)} for path in find_scans(folder)]
+    return [{"image": str(path)} for path in find_scans(folder, leave_out)]
 
 
 def load_datalist(

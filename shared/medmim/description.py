@@ -4,7 +4,8 @@ It travels in ``encoder.pt`` and, as ``model.json``, beside ``model.pt``: plain 
 
     {"format_version": 1, "medmim_version": "0.1.0",
      "network": {"name": "ViT", "arguments": {"in_channels": 1, "img_size": [96, 96, 96], ...}},
-     "preset": {... the fields of presets.yaml ...}}
+     "preset": {... the fields of presets.yaml ...},
+     "pretrained_on": [{"name": "btcv", "license": ..., "citation": ..., "source": ...}]}
 """
 
 from __future__ import annotations
@@ -48,14 +49,37 @@ def describe_network(network: nn.Module, img_size: Sequence[int]) -> dict[str, A
     raise ValueError(f"cannot describe a {type(network).__name__}: expected {', '.join(BUILDERS)}")
 
 
-def describe(network: nn.Module, img_size: Sequence[int], preset: Preset) -> dict[str, Any]:
-    """Whole description of a network and of the data that it was trained on."""
+def describe(
+    network: nn.Module, img_size: Sequence[int], preset: Preset, pretrained_on: Sequence[dict[str, str]] = ()
+) -> dict[str, Any]:
+    """Whole description of a network and of the data that it was trained on.
+
+    Args:
+        network: see :func:`describe_network`.
+        img_size: voxels along each axis that it was built for.
+        preset: the data that it was trained on last.
+        pretrained_on: data that it had seen before; see :func:`name_data`.
+    """
     return {
         "format_version": FORMAT_VERSION,
         "medmim_version": __version__,
         "network": describe_network(network, img_size),
         "preset": preset.to_dict(),
+        "pretrained_on": list(pretrained_on),
     }
+
+
+def name_data(description: dict[str, Any] | None, path: str | Path) -> list[dict[str, str]]:
+    """Name, licence, citation and source of all data that described weights have seen, the last first.
+
+    Args:
+        description: of the weights; ``None`` when their file carries none.
+        path: of the file, which then stands for what is not known.
+    """
+    if description is None:
+        return [{"name": Path(path).name, "license": "not said in the file", "citation": "", "source": ""}]
+    seen = {key: description["preset"].get(key, "") for key in ("name", "license", "citation", "source")}
+    return [seen, *description.get("pretrained_on", [])]
 
 
 def _build_feature_extractor(**arguments: Any) -> FeatureExtractor:

@@ -42,7 +42,9 @@ def replace_file(path: str | Path, write: Callable[[Path], Any], keep: str | Pat
     # torch.save wraps the system's error into a RuntimeError
     except (OSError, RuntimeError) as error:
         before = "the one before is untouched" if path.exists() else "nothing is left of it"
-        raise WriteError(f"{path}: cannot be written ({_reason(error)}); {before}: free space, and go on") from error
+        raise WriteError(
+            f"{path}: cannot be written ({_reason(error)}); {before}: free space and start again"
+        ) from error
     _flush_folder(path.parent)
 
 
@@ -56,11 +58,11 @@ def save_tensors(path: str | Path, content: Any, keep: str | Path | None = None)
     replace_file(path, write, keep)
 
 
-def remove_leftovers(path: str | Path) -> None:
-    """Remove what a process that was killed in :func:`replace_file` has left beside a file."""
-    path = Path(path)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+def remove_leftovers(*paths: str | Path) -> None:
+    """Remove what a process that was killed in :func:`replace_file` has left beside these files."""
+    for path in map(Path, paths):
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            leftover.unlink(missing_ok=True)
 
 
 def _reason(error: BaseException) -> str:

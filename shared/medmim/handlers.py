@@ -19,13 +19,13 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from medmim.datasets import Preset
-from medmim.description import describe, write_description
+from medmim.description import describe, name_data, write_description
 from medmim.figures import curves_figure, figure_pixels, reconstruction_figure, save_figure
-from medmim.files import replace_file, save_tensors
+from medmim.files import remove_leftovers, replace_file, save_tensors
 from medmim.losses import MaskedReconstructionLoss
 from medmim.metrics import SegmentationScores
 from medmim.networks.patches import hidden_voxels
-from medmim.weights import find_encoder, save_encoder
+from medmim.weights import find_encoder, read_checkpoint, save_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,9 @@ class SaveEncoder:
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
         if idist.get_rank() == 0:
+            remove_leftovers(
+                self.models_dir / "encoder.pt", self.models_dir / "model.pt", self.models_dir / "model.json"
+            )
             engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
@@ -116,31 +119,49 @@ class SaveBestModel:
         network: the network that is being trained.
         img_size: voxels along each axis that it was built for.
         preset: the data it is trained on.
+        pretrained_encoder: the file that training started from, if any, whose data are named too.
     """
 
-    def __init__(self, models_dir: str, network: nn.Module, img_size: Sequence[int], preset: Preset) -> None:
+    def __init__(
+        self,
+        models_dir: str,
+        network: nn.Module,
+        img_size: Sequence[int],
+        preset: Preset,
+        pretrained_encoder: str | None = None,
+    ) -> None:
         self.models_dir = Path(models_dir)
         self.network = network
         self.img_size = img_size
         self.preset = preset
+        self.pretrained_on: list[dict[str, str]] = []
+        if pretrained_encoder:
+            self.pretrained_on = name_data(read_checkpoint(pretrained_encoder)[1], pretrained_encoder)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a MONAI evaluator, which keeps the best metric and its epoch in its state."""
         if idist.get_rank() == 0:
+            remove_leftovers(self.models_dir / "model.pt", self.models_dir / "model.json")
             engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
         state: Any = engine.state
         if state.best_metric_epoch == state.epoch:
-            save_model(self.models_dir, self.network, self.img_size, self.preset)
+            save_model(self.models_dir, self.network, self.img_size, self.preset, self.pretrained_on)
             logger.info(f"best {state.key_metric_name} so far, {state.best_metric:.4f}: wrote model.pt")
 
 
-def save_model(models_dir: Path, network: nn.Module, img_size: Sequence[int], preset: Preset) -> None:
+def save_model(
+    models_dir: Path,
+    network: nn.Module,
+    img_size: Sequence[int],
+    preset: Preset,
+    pretrained_on: Sequence[dict[str, str]] = (),
+) -> None:
     """Write the flat state dict ``model.pt`` and its description ``model.json``."""
     state_dict = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
     save_tensors(models_dir / "model.pt", state_dict)
-    write_description(describe(network, img_size, preset), models_dir / "model.json")
+    write_description(describe(network, img_size, preset, pretrained_on), models_dir / "model.json")
 
 
 class LearningCurve:
@@ -191,7 +212,7 @@ class LearningCurve:
     def _remember(self, engine: Engine) -> None:
         output: Any = engine.state.output
         # kept where it is until the epoch's end: reading it now would wait for the device
-        self.losses.append((output[0] if isinstance(output, list) else output)["loss"])
+        self.losses.append(torch.as_tensor((output[0] if isinstance(output, list) else output)["loss"]))
 
     def _write(self, engine: Engine) -> None:
         loss: Any = torch.stack(self.losses).mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from medmim.scan_datasets import SeededDataset
 logger = logging.getLogger(__name__)
 
 NEWEST, PREVIOUS, SET_ASIDE = "checkpoint.pt", "checkpoint_previous.pt", "checkpoint_old.pt"
+DAMAGED = "checkpoint_damaged.pt"
 
 
 class CheckpointError(ValueError):
@@ -91,15 +93,18 @@ class Checkpoints:
         """Load the newest readable checkpoint, or set aside what an earlier run has left."""
         if self.resume:
             self._load(engine)
-        elif idist.get_rank() == 0 and (self.folder / NEWEST).is_file():
-            (self.folder / NEWEST).replace(self.folder / SET_ASIDE)
-            (self.folder / PREVIOUS).unlink(missing_ok=True)
-            logger.warning(
-                f"{self.folder / NEWEST} of an earlier run is now {SET_ASIDE}; --resume true goes on from it"
-            )
+        elif idist.get_rank() == 0:
+            self._set_aside()
         if idist.get_rank() == 0:
-            for name in (NEWEST, PREVIOUS):
-                remove_leftovers(self.folder / name)
+            remove_leftovers(self.folder / NEWEST, self.folder / "scalars.csv")
+
+    def _set_aside(self) -> None:
+        there = [path for path in (self.folder / NEWEST, self.folder / PREVIOUS) if path.is_file()]
+        if there:
+            there[0].replace(self.folder / SET_ASIDE)
+            logger.warning(f"{there[0]} of an earlier run is now {SET_ASIDE}; --resume true would have gone on from it")
+        for path in there[1:]:
+            path.unlink()
 
     def save(self, engine: Engine) -> None:
         """Write a checkpoint when it is due.
@@ -124,7 +129,7 @@ class Checkpoints:
         save_tensors(self.folder / NEWEST, content, keep=self.folder / PREVIOUS)
 
     def _load(self, engine: Engine) -> None:
-        found = read_newest(self.folder)
+        found, faults = read_newest(self.folder)
         epoch = 0 if found is None else int(found["epoch"])
         seen: Any = idist.all_gather(epoch) if idist.get_world_size() > 1 else [epoch]
         epochs = sorted({int(number) for number in seen})
@@ -136,11 +141,14 @@ class Checkpoints:
         if found is None:
             logger.info(f"--resume: no checkpoint in {self.folder} yet, starting with the first epoch")
             return
+        if faults and idist.get_rank() == 0:  # every process has read; it must not replace the one that is whole
+            (self.folder / NEWEST).replace(self.folder / DAMAGED)
+            logger.warning(f"{faults[0]}, it is now {DAMAGED}; going on from {PREVIOUS}, epoch {epoch}")
         state: Any = engine.state
         self._compare(found, state.epoch_length)
         for name, item in self.objects.items():
             if name in found:
-                item.load_state_dict(found[name])
+                self._load_into(item, name, found[name])
         if self.evaluator is not None and "best" in found:
             best: Any = self.evaluator.state
             best.best_metric, best.best_metric_epoch = found["best"]["metric"], found["best"]["epoch"]
@@ -148,6 +156,16 @@ class Checkpoints:
         state.epoch, state.iteration = epoch, epoch * state.epoch_length
         left = f"{state.max_epochs - epoch} to go" if epoch < state.max_epochs else "nothing left to train"
         logger.info(f"--resume: epoch {epoch} of {state.max_epochs} is done, {left}")
+
+    def _load_into(self, item: Any, name: str, state: Any) -> None:
+        try:
+            item.load_state_dict(state)
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{self.folder / NEWEST}: its {name} does not fit this run's: --resume needs the knobs of the run "
+                f"before, or another --output_dir ({reason[:120]})"
+            ) from error
 
     def _compare(self, found: Mapping[str, Any], epoch_length: int) -> None:
         changed = _changes(found["made_with"], self.made_with)
@@ -158,7 +176,7 @@ class Checkpoints:
                 f"{', '.join(changed)}: correct them, or take another --output_dir"
             )
         changed = _changes(found["run_with"], self.run_with)
-        if changed:
+        if changed and idist.get_rank() == 0:
             logger.warning(f"--resume with {', '.join(changed)}: ends elsewhere than an undisturbed run")
 
 
@@ -166,8 +184,23 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{key} {now[key]} (was {before[key]})" for key in now if key in before and before[key] != now[key]]
 
 
-def read_newest(folder: Path) -> dict[str, Any] | None:
-    """The newest readable checkpoint of a folder; ``None`` when there is none yet.
+def check_archive(path: Path) -> None:
+    """Compare the check sums of a file that ``torch.save`` wrote, which ``torch.load`` does not look at.
+
+    Raises:
+        ValueError: when a part of it is damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise ValueError(f"wrong check sum of {broken}")
+
+
+def read_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest readable checkpoint of a folder.
+
+    Returns:
+        its content, ``None`` when there is none yet; what is wrong with a newer one that is damaged.
 
     Raises:
         CheckpointError: when there are checkpoints, but none is readable.
@@ -177,6 +210,7 @@ def read_newest(folder: Path) -> dict[str, Any] | None:
         if not path.is_file():
             continue
         try:
+            check_archive(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
             (
                 content["epoch"],
@@ -189,9 +223,7 @@ def read_newest(folder: Path) -> dict[str, Any] | None:
             reason = " ".join(str(error).split()).split(". ")[0][:150]
             damaged.append(f"{path}: not readable as a checkpoint ({type(error).__name__}: {reason})")
             continue
-        for fault in damaged:
-            logger.warning(f"{fault}; going on from {path}, epoch {content['epoch']}")
-        return content
+        return content, damaged
     if damaged:
         raise CheckpointError(f"{'; '.join(damaged)}: remove them to begin anew, or restore one")
-    return None
+    return None, []

@@ -75,9 +75,9 @@ def check_scans(
             f"{empty[0]}: no foreground, as in all {len(labels)} label maps for training: nothing could be learned: "
             "correct them, or choose others (--dataset_dir, --datalist)"
         )
-    if empty:
+    if empty and idist.get_rank() == 0:
         logger.warning(f"{len(empty)} of {len(items)} label maps have no foreground, for example {empty[0]}")
-    if small and roi_size is not None:
+    if small and roi_size is not None and idist.get_rank() == 0:
         name, size = small[0]
         logger.warning(
             f"{len(small)} of {len(items)} scans are smaller than roi_size {tuple(roi_size)} and will be padded, "
