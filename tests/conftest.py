@@ -16,25 +16,8 @@ from monai.utils import set_determinism
 
 from medmim.datasets import Preset, get_preset
 from medmim.phantom import write_phantom
+from tests.common import BUNDLES, TINY, TINY_OF
 
-BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
-TINY = {  # knobs of a network that trains in seconds
-    "roi_size": [16, 24, 16],
-    "patch_size": 8,
-    "hidden_size": 48,
-    "mlp_dim": 96,
-    "num_layers": 4,
-    "num_heads": 4,
-    "epochs": 2,
-    "warmup_epochs": 0,
-    "batch_size": 2,
-    "crops_per_scan": 2,
-    "val_interval": 1,
-}
-TINY_OF = {
-    "mae_vit_pretraining": {"decoder_hidden_size": 24, "decoder_num_layers": 1, "decoder_num_heads": 4},
-    "unetr_segmentation": {"feature_size": 4, "overlap": 0.25},
-}
 N_CASES = 6  # fold 0 of 5: four for training, two for validation
 COARSE_PRESET = """\
 channels: [CT]
@@ -160,6 +143,15 @@ def pretrained(run_bundle: Callable[..., ConfigWorkflow], tmp_path_factory: pyte
 
 
 @pytest.fixture(scope="session")
+def pretrained_mim(run_bundle: Callable[..., ConfigWorkflow], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a short Mask in Mask pre-training: ``output`` and ``models``; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("pretrained_mim")
+    knobs = {"epochs": 8, "learning_rate": 0.01, "val_interval": 4, "checkpoint_interval": 4}
+    run_bundle("mim_convvit_pretraining", "train", folder=folder, **knobs)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def finetuned(
     run_bundle: Callable[..., ConfigWorkflow], pretrained: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -171,11 +163,20 @@ def finetuned(
     return folder
 
 
+@pytest.fixture(scope="session")
+def convvit_from_scratch(run_bundle: Callable[..., ConfigWorkflow], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a short training of ``convvit_unetr_segmentation``; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("convvit_from_scratch")
+    knobs = {"epochs": 12, "learning_rate": 0.005, "val_interval": 6, "overlap": 0.0}
+    run_bundle("convvit_unetr_segmentation", "train", folder=folder, **knobs)
+    return folder
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """List the message of each error that was provoked, as a user sees it."""
     reports = [report for report in terminalreporter.getreports("passed") if report.when == "call"]
     messages = [
-        (r.nodeid.split("::")[-1], value) for r in reports for key, value in r.user_properties if key == "error"
+        (r.nodeid.split("::", 1)[-1], value) for r in reports for key, value in r.user_properties if key == "error"
     ]
     if messages:
         terminalreporter.section("error messages")

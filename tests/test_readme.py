@@ -30,5 +30,5 @@ def test_readme_names_every_bundle_and_command():
     readme = (REPOSITORY / "README.md").read_text()
     for bundle in (REPOSITORY / "bundles").iterdir():
         assert f"`{bundle.name}`" in readme
-    for command in ("quickstart", "benchmark"):
+    for command in ("quickstart", "download", "benchmark"):
         assert command in readme

@@ -3,8 +3,17 @@
 import fire
 
 from tools.benchmark import benchmark
+from tools.convert import convert
+from tools.download import download
 from tools.export import export
 from tools.quickstart import quickstart
 
 if __name__ == "__main__":
-    fire.Fire({"quickstart": quickstart, "export": export, "benchmark": benchmark}, name="python -m tools")
+    commands = {
+        "quickstart": quickstart,
+        "download": download,
+        "export": export,
+        "convert": convert,
+        "benchmark": benchmark,
+    }
+    fire.Fire(commands, name="python -m tools")

@@ -87,8 +87,11 @@ def network_config(network: Config) -> Config:
         return {"_target_": f"monai.networks.nets.{name}", **(stock_arguments(network) or {})}
     own = {"_target_": f"medmim.networks.{name}", "_requires_": "@package"}
     if name == "FeatureExtractor":
-        vit = {"_target_": "monai.networks.nets.ViT", **arguments}
-        return {**own, "encoder": vit, "img_size": arguments["img_size"]}
+        kind = arguments.get("encoder", "ViT")
+        module = "monai.networks.nets" if kind == "ViT" else "medmim.networks"
+        inside = {key: value for key, value in arguments.items() if key != "encoder"}
+        encoder = {"_target_": f"{module}.{kind}", **inside}
+        return {**own, "encoder": encoder, "img_size": arguments["img_size"]}
     return {**own, **arguments}
 
 
@@ -129,7 +132,7 @@ def inference_config(config: Config, description: Description, bundle: str) -> C
         "preset": {key: value for key, value in preset.items() if key not in TEXTS},
     }
     config["roi_size"] = arguments["img_size"]
-    if "patch_size" in config:
+    if "patch_size" in config and "patch_size" in arguments:  # else the network's own
         config["patch_size"] = arguments["patch_size"]
     config["network_def"] = network_config(description["network"])
     config["package"] = _package_check(bundle)

@@ -7,8 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from medmim.datasets import preset_table
-from medmim.description import name_data, read_preset
+from medmim.description import build_network, name_data, read_preset
 from medmim.version import __version__
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
@@ -53,21 +55,22 @@ def make_metadata(folder: Path, description: dict[str, Any] | None, licenses: di
         classes = {str(value): names.get(value, "unused") for value in range(arguments["out_channels"])}
         pred["pred"] |= {"num_channels": len(classes), "spatial_shape": size, "channel_def": classes}
     else:
-        grid = [n // p for n, p in zip(size, arguments["patch_size"], strict=True)]
-        pred["pred"] |= {"num_channels": arguments["hidden_size"], "spatial_shape": grid}
+        with torch.device("meta"):
+            extractor: Any = build_network(description)
+        pred["pred"] |= {"num_channels": extractor.feature_size, "spatial_shape": list(extractor.grid)}
     return metadata
 
 
 def name_licenses(weights: str = NO_WEIGHTS, description: dict[str, Any] | None = None) -> dict[str, Any]:
     """Licences of code, weights, and all data that described weights have seen; without, of all that presets are for.
 
-    Data without a licence are named in a warning.
+    Data without a licence that weights have seen are named in a warning.
     """
     seen = [asdict(preset) for preset in preset_table().values()]
     if description is not None:
         seen = name_data(description, "")
     nameless = [about["name"] for about in seen if not about["license"] or about["license"] == "unknown"]
-    if nameless:
+    if nameless and description is not None:
         print(f"warning: {', '.join(nameless)}: no licence in the preset: name it before you give the weights away")
     data = {about["name"]: {key: about[key] for key in ("license", "citation", "source")} for about in seen}
     return {"code": CODE_LICENSE, "weights": weights, "data": data}

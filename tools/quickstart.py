@@ -37,6 +37,9 @@ def quickstart(output_dir: str = "quickstart", seed: int = 0) -> None:
     data, encoder = out / "data", out / "pretraining" / "models" / "encoder.pt"
     common = ["--dataset_dir", data, "--seed", seed]
 
+    for checkpoint in out.glob("*/checkpoint*.pt"):  # of an earlier quickstart
+        checkpoint.unlink()
+
     def run(step: str, bundle: str, configs: Sequence[str], folder: str, *options: object) -> None:
         where = ["--output_dir", out / folder, "--models_dir", out / folder / "models"]
         _run_bundle(step, bundle, configs, [*common, *where, *options], out / folder / "log.txt")

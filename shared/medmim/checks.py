@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -20,9 +20,10 @@ from monai.utils import ensure_tuple_rep
 from medmim.datalists import find_items, load_datalist
 from medmim.datasets import Preset, get_preset
 from medmim.description import read_description, read_preset
+from medmim.folders import check_writable
 from medmim.networks.patches import grid_size
 from medmim.scan_checks import check_scans
-from medmim.transforms import hidden_count
+from medmim.transforms import RandNestedMaskd, hidden_count
 from medmim.weights import read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -51,9 +52,10 @@ def check_knobs(
 
     Args:
         whole: name and value of knobs that must be whole numbers of at least 1; or name, value and lowest number.
-        numbers: name, and then the value, the lowest and the highest allowed number.
+        numbers: name, and then the value, the lowest and the highest allowed number; with a fourth entry ``None``,
+            the value may be ``None``.
         one_of: name, and then the value followed by the allowed ones.
-        divisible: name, and then the value and a number that must divide it.
+        divisible: name, and then the value, or a list of values, and a number that must divide each of them.
 
     Raises:
         ValueError: one line for each fault.
@@ -63,7 +65,9 @@ def check_knobs(
         value, lowest = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (entry, 1)
         if not _is_whole(value) or value < lowest:
             faults.append(f"--{name} {value}: expected a whole number of at least {lowest}")
-    for name, (value, lowest, highest) in (numbers or {}).items():
+    for name, (value, lowest, highest, *optional) in (numbers or {}).items():
+        if value is None and optional:
+            continue
         if not _is_number(value) or not lowest <= value <= highest:
             bounds = f"from {lowest} to {highest}" if highest < math.inf else f"of at least {lowest}"
             faults.append(f"--{name} {value}: expected a number {bounds}")
@@ -71,8 +75,10 @@ def check_knobs(
         if value not in allowed:
             faults.append(f"--{name} {value}: expected {' or '.join(map(str, allowed))}")
     for name, (value, divisor) in (divisible or {}).items():
-        if _is_whole(value) and _is_whole(divisor) and divisor > 0 and value % divisor:
-            faults.append(f"--{name} {value}: expected a multiple of {divisor}")
+        values = value if isinstance(value, list | tuple) else [value]
+        if all(map(_is_whole, [*values, divisor])) and divisor > 0 and any(number % divisor for number in values):
+            expected = f"multiples of {divisor}" if values is value else f"a multiple of {divisor}"
+            faults.append(f"--{name} {value}: expected {expected}")
     if faults:
         raise ValueError("\n".join(faults))
 
@@ -126,15 +132,15 @@ def check_data(
     Args:
         dataset: name of the preset, for the log.
         dataset_dir, datalist, labelled, fold, folds, label_fraction: see :func:`medmim.datalists.load_datalist`.
-        output_dirs: folders that must be writable; they are made.
+        output_dirs: folders that must be writable; they are made. The first is marked as one of results.
 
     Raises:
         ValueError: one line for each fault.
     """
     faults = []
-    for folder in output_dirs:
+    for number, folder in enumerate(output_dirs):
         try:
-            check_writable(folder)
+            check_writable(folder, results=number == 0)
         except ValueError as error:
             faults.append(str(error))
     numbers_are_good = _is_whole(fold) and fold >= 0 and _is_whole(folds) and folds > 1
@@ -226,8 +232,13 @@ def check_inference(models_dir: str, dataset_dir: str, output_dir: str, read_sca
         ValueError: one line for each fault.
     """
     description = read_description(Path(models_dir) / "model.json")
-    check_writable(output_dir)
-    items = find_items(dataset_dir, leave_out=output_dir)
+    if Path(output_dir).resolve() == Path(dataset_dir).resolve():
+        raise ValueError(f"--output_dir {output_dir}: the folder of the scans: choose another for the results")
+    check_writable(output_dir, results=True)
+    items = find_items(dataset_dir)
+    twice = [name for name, count in Counter(_stem(item["image"]) for item in items).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]}.nii and {twice[0]}.nii.gz would write the same result: keep one of them")
     logger.info(f"{len(items)} scans from {dataset_dir}")
     if read_scans:
         check_scans(items, read_preset(description), roi_size=description["network"]["arguments"]["img_size"])
@@ -246,23 +257,6 @@ def check_same_dataset(dataset: Any, description: dict[str, Any]) -> None:
     trained_on = description["preset"]["name"]
     if isinstance(dataset, str) and Path(dataset).stem != trained_on:
         raise ValueError(f"--dataset {dataset}: the model was trained on {trained_on}: leave --dataset away")
-
-
-def check_writable(folder: str | Path) -> None:
-    """Make a folder and write into it.
-
-    Raises:
-        ValueError: when that fails.
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(
-            f"folder {folder} is not writable ({reason}): choose another (--output_dir, --models_dir)"
-        ) from error
 
 
 def check_sizes(
@@ -315,6 +309,95 @@ def check_sizes(
         raise ValueError(f"--{error}") from error
     if count == 0:
         raise ValueError(f"--mask_ratio {mask_ratio} hides none of {n_units} units: there would be nothing to learn")
+
+
+def check_levels(
+    levels: Any,
+    roi_size: Sequence[int],
+    crop_size: Sequence[int],
+    patch_size: int = 16,
+    level_weights: Any = None,
+    alignment_weights: Any = None,
+    curriculum: str = "concurrent",
+    spatial_dims: int = 3,
+) -> None:
+    """Check the nested levels of Mask in Mask, and that the numbers of weights fit them.
+
+    Args:
+        levels: see :func:`medmim.networks.nested_levels`.
+        roi_size: voxels of the network's input, at each level.
+        crop_size: voxels of the first level's crop.
+        patch_size: voxels of a token along each axis.
+        level_weights: of the levels; ``None`` stands for good ones.
+        alignment_weights: of the adjacent pairs of levels; ``None`` stands for good ones.
+        curriculum: over the levels.
+        spatial_dims: 2 or 3.
+
+    Raises:
+        ValueError: one line for each fault, naming the knobs and the numbers.
+    """
+    faults = [
+        f'--{knob} {size}: expected {spatial_dims} numbers in voxels, as in "[96, 96, 96]"'
+        for knob, size in (("roi_size", roi_size), ("crop_size", crop_size))
+        if not isinstance(size, list | tuple) or not _are_sizes(size, spatial_dims)
+    ]
+    if not isinstance(levels, list | tuple) or not levels or not all(isinstance(level, Mapping) for level in levels):
+        faults.append(f"--levels {levels}: expected a list with the entries of each level")
+    if faults:
+        raise ValueError("\n".join(faults))
+    try:
+        complete = RandNestedMaskd("image", levels, patch_size, spatial_dims).levels
+    except (ValueError, TypeError) as error:
+        faults.append(f"--levels: {error}")
+    else:
+        for number, level in enumerate(complete, 1):
+            if level.img_size != tuple(roi_size):
+                faults.append(
+                    f"--levels: level {number} has img_size {level.img_size}, but --roi_size is {list(roi_size)}: "
+                    "all levels share one network: give both the same"
+                )
+        if complete[0].crop_size != tuple(crop_size):
+            faults.append(
+                f"--levels: level 1 has crop_size {complete[0].crop_size}, but --crop_size is {list(crop_size)}: "
+                "give both the same"
+            )
+    for knob, weights, n in (
+        ("level_weights", level_weights, len(levels)),
+        ("alignment_weights", alignment_weights, len(levels) - 1),
+    ):
+        values = weights if isinstance(weights, list | tuple) else ()
+        good = len(values) == n and all(_is_number(value) and value >= 0 for value in values)
+        if weights is not None and not good:
+            faults.append(f"--{knob} {weights}: expected {n} numbers of 0 or more, for {len(levels)} levels")
+    if not faults and level_weights is not None and not any([*level_weights, *(alignment_weights or [0.1])]):
+        faults.append("--level_weights and --alignment_weights are all 0: there would be nothing to learn")
+    if curriculum != "concurrent" and len(levels) < 2:
+        faults.append(f"--curriculum {curriculum}: needs two levels or more, found {len(levels)}: take concurrent")
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def check_convvit(embed_dims: Any, depths: Any, num_heads: Any, spatial_dims: int = 3) -> None:
+    """Check the sizes of a ConvViT.
+
+    Raises:
+        ValueError: one line for each fault, naming the knob and the numbers.
+    """
+    faults = [
+        f"--{knob} {values}: expected 4 whole numbers of at least 1, for the three stages and the transformer"
+        for knob, values in (("embed_dims", embed_dims), ("depths", depths))
+        if not isinstance(values, list | tuple) or not _are_sizes(values, 4)
+    ]
+    if not faults:
+        for divisor, reason in ((num_heads, "--num_heads"), (2 * spatial_dims, "needed by the positions")):
+            if _is_whole(divisor) and divisor > 0 and embed_dims[3] % divisor:
+                faults.append(f"--embed_dims {embed_dims}: the last must be a multiple of {divisor} ({reason})")
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _stem(path: str) -> str:
+    return path.removesuffix(".gz").removesuffix(".nii")
 
 
 def _is_whole(value: Any) -> bool:

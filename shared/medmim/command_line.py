@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
+import ignite.distributed as idist
 import monai.bundle
 from fire.parser import DefaultParseValue
-from monai.bundle import ConfigParser
+from monai.bundle import ComponentLocator, ConfigComponent, ConfigParser
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 RUNNER_OPTIONS = {name for name in inspect.signature(monai.bundle.run).parameters if name != "override"}
@@ -41,7 +44,11 @@ def check_command_line(argv: Sequence[str] | None = None) -> None:
     if not isinstance(tracking, dict):
         tracking = DEFAULT_EXP_MGMT_SETTINGS.get(tracking) or ConfigParser.load_config_files(tracking)
     known = RUNNER_OPTIONS | set(tracking.get("configs", {}))
-    faults = []
+    faults = [
+        f"--{name} null: read as a word: on the command line write None"
+        for name, value in given.items()
+        if value == "null"
+    ]
     for name, value in given.items():
         if name in known or _is_known(name, config):
             continue
@@ -50,6 +57,20 @@ def check_command_line(argv: Sequence[str] | None = None) -> None:
         faults.append(f"--{name} {value}: no such knob{hint}: the knobs stand at the top of the config files")
     if faults:
         raise ValueError("\n".join(faults))
+
+
+def check_processes() -> None:
+    """Refuse several processes that do not know of each other; each would do the whole work, in the same folders.
+
+    Raises:
+        ValueError: naming the config that is missing.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > 1 and idist.get_world_size() == 1:
+        raise ValueError(
+            f"torchrun started {started} processes that do not know of each other: put configs/multi_gpu_train.yaml "
+            "(for evaluate.yaml, configs/multi_gpu_evaluate.yaml) last in --config_file; other runs need no torchrun"
+        )
 
 
 def _read_arguments(arguments: Sequence[str]) -> dict[str, Any]:
@@ -67,9 +88,15 @@ def _read_arguments(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _is_known(name: str, config: ConfigParser) -> bool:
-    """Whether the config has the id, or the component that it adds an argument to."""
+    """Whether the config has the id, or the component that it adds an argument to takes such an argument."""
     parts = re.split("#|::", name)
     if parts[0] == "_meta_" or "::".join(parts) in config:
         return True
     parent = "::".join(parts[:-1])
-    return len(parts) > 1 and parent in config and isinstance(config[parent], dict) and "_target_" in config[parent]
+    if len(parts) == 1 or parent not in config or not ConfigComponent.is_instantiable(config[parent]):
+        return False
+    target = locate(str(ConfigComponent(config[parent], locator=ComponentLocator()).resolve_module_name()))
+    if not callable(target):
+        return True  # the run says so
+    parameters = inspect.signature(target).parameters
+    return parts[-1] in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,7 +22,18 @@ import torch
 from ignite.engine import Engine
 from torch import nn
 
-from medmim import checks, command_line, networks, optim, phantom, scan_checks, scan_datasets, weights
+from medmim import (
+    checks,
+    command_line,
+    folders,
+    mim_reconstruct,
+    networks,
+    optim,
+    phantom,
+    scan_checks,
+    scan_datasets,
+    weights,
+)
 from medmim.datalists import Datalist
 from medmim.datasets import Preset
 from medmim.engines import autocast_dtype
@@ -85,13 +97,20 @@ def plain_faults() -> Iterator[None]:
     """Turn a fault of ours deep inside MONAI (a bad scan, a non-finite loss) into ``SystemExit`` with its message."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(
+            f"error: out of GPU memory ({' '.join(str(error).split())[:120]}): lower --batch_size, --crops_per_scan or "
+            "--sw_batch_size, or give --activation_checkpointing true"
+        ) from error
     except Exception as error:
         # a loader's worker sends its exception as text only
         chain = "".join(traceback.format_exception(error))
-        fault = re.search(r"^(?:medmim\.[\w.]+): (.+)$", chain, re.MULTILINE)
+        fault = re.search(r"^(medmim\.[\w.]+): (.+)$", chain, re.MULTILINE)
         if fault is None:
             raise
-        raise SystemExit(f"error: {fault.group(1)}") from error
+        if fault.group(1) == "medmim.resume.CheckpointError":
+            refuse([[fault.group(2)]])  # every process has met it
+        raise SystemExit(f"error: {fault.group(2)}") from error
 
 
 def make_dataset(*args: Any, **kwargs: Any) -> scan_datasets.SeededDataset:
@@ -113,12 +132,46 @@ def run_engine(engine: Engine, results: str | None = None) -> None:
         logger.info(f"done, results are in {results}")
 
 
+@ends_plainly
+def start_processes(device: torch.device, timeout: Any) -> None:
+    """Let the processes that torchrun started find each other; NCCL on GPUs, gloo on CPUs. Only rank 0 logs.
+
+    Args:
+        device: of this process.
+        timeout: minutes that a process waits for the others.
+
+    Raises:
+        SystemExit: when torchrun did not start this process, or there are fewer GPUs than processes.
+    """
+    if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
+        raise ValueError("multi_gpu configs: start them with torchrun --nproc_per_node N -m monai.bundle run ...")
+    if not isinstance(timeout, int | float) or timeout <= 0:
+        raise ValueError(f"--timeout {timeout}: expected minutes, a number above 0")
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {os.environ['LOCAL_RANK']} of this machine has no GPU: it has {torch.cuda.device_count()}: "
+            "start at most so many (--nproc_per_node)"
+        )
+    if on_gpu:
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout))
+    if idist.get_rank() > 0:
+        logging.getLogger().setLevel(logging.WARNING)
+
+
 def write_phantom(folder: str, n_cases: int) -> None:
     """:func:`medmim.phantom.write_phantom`, by one process for all."""
     if idist.get_rank() == 0:
         ends_plainly(phantom.write_phantom)(folder, n_cases)
     if idist.get_world_size() > 1:
         idist.barrier()
+
+
+def write_nested_reconstructions(*args: Any, **kwargs: Any) -> None:
+    """:func:`medmim.mim_reconstruct.write_reconstructions`; a bad scan ends the run."""
+    with plain_faults():
+        mim_reconstruct.write_reconstructions(*args, **kwargs)
 
 
 def compile_network(network: nn.Module) -> None:
@@ -174,13 +227,18 @@ def _gib(size: float) -> str:
 
 
 check_command_line = lists_faults(command_line.check_command_line)
+check_convvit = lists_faults(checks.check_convvit)
 check_data = lists_faults(checks.check_data)
 check_device = lists_faults(checks.check_device)
 check_encoder = lists_faults(checks.check_encoder)
 check_inference = lists_faults(checks.check_inference)
 check_knobs = lists_faults(checks.check_knobs)
 check_labels = lists_faults(checks.check_labels)
+check_levels = lists_faults(checks.check_levels)
+check_paths = lists_faults(folders.check_paths)
 check_preset = lists_faults(checks.check_preset)
+check_processes = lists_faults(command_line.check_processes)
+check_resume = lists_faults(folders.check_resume)
 check_same_dataset = ends_plainly(checks.check_same_dataset)
 check_schedule = lists_faults(checks.check_schedule)
 check_scans = lists_faults(scan_checks.check_scans)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 from collections import Counter
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from medmim.folders import RESULTS
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +31,10 @@ class Datalist:
     validation: list[Item]
 
 
-def find_scans(folder: str | Path, leave_out: str | Path | None = None) -> list[Path]:
+def find_scans(folder: str | Path) -> list[Path]:
     """NIfTI files below a folder, sorted, without a Decathlon folder's label maps and without hidden files.
 
-    Hidden are also macOS's ``._`` companions.
-
-    Args:
-        folder: where to look.
-        leave_out: a folder below it whose files are none of them, such as results of an earlier run.
+    Hidden are also macOS's ``._`` companions. Folders below it that hold results of an earlier run are left out.
 
     Raises:
         ValueError: when the folder is missing or holds none.
@@ -43,12 +42,13 @@ def find_scans(folder: str | Path, leave_out: str | Path | None = None) -> list[
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"--dataset_dir {folder}: no such folder")
-    found = sorted(
-        path for path in folder.rglob("*") if path.name.endswith(SCAN_SUFFIXES) and not path.name.startswith(".")
-    )
-    results = Path(leave_out).resolve() if leave_out is not None else folder.resolve()
-    if results != folder.resolve():
-        found = [path for path in found if not path.resolve().is_relative_to(results)]
+    files = sorted(folder.rglob("*"))
+    results = {path.parent for path in files if path.name == RESULTS} - {folder}
+    found = [
+        path
+        for path in files
+        if path.name.endswith(SCAN_SUFFIXES) and not path.name.startswith(".") and not results & set(path.parents)
+    ]
     scans = [path for path in found if not LABEL_FOLDERS & set(path.relative_to(folder).parts[:-1])]
     if len(scans) < len(found):
         logger.info(f"{folder}: {len(found) - len(scans)} label maps in {' or '.join(sorted(LABEL_FOLDERS))} left out")
@@ -57,9 +57,9 @@ def find_scans(folder: str | Path, leave_out: str | Path | None = None) -> list[
     return scans
 
 
-def find_items(folder: str | Path, leave_out: str | Path | None = None) -> list[Item]:
+def find_items(folder: str | Path) -> list[Item]:
     """Every scan below a folder as ``{"image": path}``; see :func:`find_scans`."""
-    return [{"image": str(path)} for path in find_scans(folder, leave_out)]
+    return [{"image": str(path)} for path in find_scans(folder)]
 
 
 def load_datalist(
@@ -123,6 +123,11 @@ def load_datalist(
         )
     keep = int(np.ceil(label_fraction * len(shuffled) - 1e-9))
     return Datalist(training=shuffled[:keep], validation=sorted(validation, key=lambda item: str(item["image"])))
+
+
+def fingerprint(split: Datalist) -> str:
+    """A short text that changes with the names of the files, their order, or the split."""
+    return hashlib.sha256(repr(split).encode()).hexdigest()[:16]
 
 
 def _fold_of(item: Item) -> int:

@@ -32,6 +32,7 @@ class Preset:
     augmentation: dict[str, float]
     crop_ratio: tuple[int, int]
     labels: dict[int, str]
+    label_map: dict[int, int]
     surface_tolerance: float
     license: str
     citation: str
@@ -55,12 +56,18 @@ class Preset:
         for key in ("channels", "roi_size", "spacing", "window", "crop_ratio"):
             body[key] = None if body[key] is None else tuple(body[key])
         body["labels"] = {int(value): label for value, label in body["labels"].items()}
+        body["label_map"] = {int(value): meant for value, meant in body["label_map"].items()}
         return cls(name=name, **body)
 
     @property
     def label_values(self) -> list[int]:
-        """Values that a label map may hold, background included."""
+        """Values of the classes, background included."""
         return [0, *sorted(self.labels)]
+
+    @property
+    def file_values(self) -> list[int]:
+        """Values that a label file may hold; ``label_map`` makes ``label_values`` of them."""
+        return sorted({*self.label_values, *self.label_map})
 
     @property
     def n_classes(self) -> int:
@@ -87,6 +94,7 @@ _DEFAULTS: dict[str, Any] = {
     "augmentation": {"flip": 0.0, "rotate": 0.1, "intensity": 0.1},
     "crop_ratio": (1, 1),
     "labels": {},
+    "label_map": {},
     "surface_tolerance": 1.0,
     "license": "unknown",
     "citation": "",
@@ -123,17 +131,33 @@ def _faults(body: Mapping[str, Any]) -> list[str]:
     names = body["channels"]
     if not isinstance(names, list | tuple) or not names or any(not isinstance(name, str) for name in names):
         faults.append(f"channels must be a list of names, found {names!r}")
-    return faults + _label_faults(body["labels"])
+    return faults + (_label_faults(body["labels"]) or _label_map_faults(body["label_map"], body["labels"]))
 
 
 def _label_faults(labels: Any) -> list[str]:
     if not isinstance(labels, Mapping) or any(not isinstance(name, str) for name in labels.values()):
         return [f"labels must map positive values to names, {{1: liver}}, found {labels!r}"]
     for value in labels:
-        whole = _is_whole(value) or (isinstance(value, str) and value.isdecimal())  # JSON has keys of text only
-        if not whole or not 1 <= int(value) <= 255:
+        if not _is_positive_key(value) or int(value) > 255:
             return [f"labels must map positive values to names, value at most 255 (uint8), found value {value!r}"]
     return []
+
+
+def _label_map_faults(label_map: Any, labels: Mapping[Any, str]) -> list[str]:
+    meant = {0, *map(int, labels)}
+    if not isinstance(label_map, Mapping) or not all(map(_is_positive_key, label_map)):
+        return [
+            f"label_map must map positive values of label files to values of labels, {{500: 3}}, found {label_map!r}"
+        ]
+    for value, other in label_map.items():
+        if not _is_whole(other) or other not in meant:
+            return [f"label_map must map to 0 or a value of labels, found {value!r}: {other!r}"]
+    return []
+
+
+def _is_positive_key(value: Any) -> bool:
+    whole = _is_whole(value) or (isinstance(value, str) and value.isdecimal())  # JSON has keys of text only
+    return whole and int(value) >= 1
 
 
 def _is_whole(value: Any) -> bool:

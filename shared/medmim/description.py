@@ -19,9 +19,9 @@ from monai.networks.nets import ViT
 from torch import nn
 
 from medmim.datasets import Preset
-from medmim.encoders import KINDS, describe_vit, kind_of
+from medmim.encoders import KINDS, describe_convvit, describe_vit, kind_of
 from medmim.files import replace_file
-from medmim.networks import UNETR, FeatureExtractor
+from medmim.networks import UNETR, ConvViT, ConvViTUNETR, FeatureExtractor
 from medmim.version import FORMAT_VERSION, __version__
 
 OLDEST_FORMAT = 1  # the oldest layout that is still read
@@ -31,7 +31,8 @@ def describe_network(network: nn.Module, img_size: Sequence[int]) -> dict[str, A
     """Name and constructor arguments of a network of this project.
 
     Args:
-        network: MONAI ``ViT`` or ``SwinTransformer``, or ``FeatureExtractor`` or ``UNETR`` of this package.
+        network: MONAI ``ViT`` or ``SwinTransformer``, or ``ConvViT``, ``FeatureExtractor``, ``UNETR`` or
+            ``ConvViTUNETR`` of this package.
         img_size: voxels along each axis that it was built for.
 
     Raises:
@@ -41,11 +42,18 @@ def describe_network(network: nn.Module, img_size: Sequence[int]) -> dict[str, A
     if kind is not None:
         return {"name": kind.name, "arguments": kind.describe(network, img_size)}
     if isinstance(network, FeatureExtractor):
-        return {"name": "FeatureExtractor", "arguments": describe_vit(network.encoder, img_size)}
+        inside = describe_network(network.encoder, img_size)
+        own = {} if inside["name"] == "ViT" else {"encoder": inside["name"]}
+        return {"name": "FeatureExtractor", "arguments": own | inside["arguments"]}
     if isinstance(network, UNETR):
         head = network.out.conv.conv
         own = {"out_channels": head.out_channels, "feature_size": head.in_channels, "norm_name": network.norm_name}
         return {"name": "UNETR", "arguments": describe_vit(network.vit, img_size) | own}
+    if isinstance(network, ConvViTUNETR):
+        sizes = describe_convvit(network.encoder, img_size)
+        arguments = {key: value for key, value in sizes.items() if key not in ("fusion", "fifth_stage", "mlp_ratio")}
+        own = {"out_channels": network.out.conv.conv.out_channels, "norm_name": network.norm_name}
+        return {"name": "ConvViTUNETR", "arguments": arguments | own}
     raise ValueError(f"cannot describe a {type(network).__name__}: expected {', '.join(BUILDERS)}")
 
 
@@ -82,13 +90,15 @@ def name_data(description: dict[str, Any] | None, path: str | Path) -> list[dict
     return [seen, *description.get("pretrained_on", [])]
 
 
-def _build_feature_extractor(**arguments: Any) -> FeatureExtractor:
-    return FeatureExtractor(ViT(**arguments), arguments["img_size"])
+def _build_feature_extractor(encoder: str = "ViT", **arguments: Any) -> FeatureExtractor:
+    encoder_class: Any = {"ViT": ViT, "ConvViT": ConvViT}[encoder]
+    return FeatureExtractor(encoder_class(**arguments), arguments["img_size"])
 
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {kind.name: kind.build for kind in KINDS} | {
     "FeatureExtractor": _build_feature_extractor,
     "UNETR": UNETR,
+    "ConvViTUNETR": ConvViTUNETR,
 }
 
 

@@ -14,9 +14,12 @@ from monai.networks.nets import ViT
 from monai.networks.nets.swin_unetr import MERGING_MODE, SwinTransformer
 from torch import Tensor, nn
 
+from medmim.networks.convvit import ConvViT
+from medmim.networks.convvit_blocks import LayerScale
 from medmim.networks.vit import prepare_vit_blocks, vit_patch_size
 
 StateDict = Mapping[str, Tensor]
+NOTHING = r"(?!)"  # pattern that is found nowhere
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class EncoderKind:
         describe: all constructor arguments, from the encoder and the voxels along each axis that it was built for.
         build: the encoder from these arguments, as this package uses it.
         optional: pattern of tensors that a file may lack or have too many of: unused, or computed by the constructor.
+        new: pattern of tensors that a file may lack: they belong to a task, or change nothing at their start.
+        options: constructor arguments that may differ from those of a file: which parts are built, and regularisation.
+        layers: beginnings of tensor names and the layer that they count to, from 0 for the embedding on, for
+            layer-wise learning rates; all else counts as after the encoder.
         renames: pattern and replacement of names under which published files hold the same tensors.
         knobs: arguments that the command line knows under another name.
         positions: position embeddings ``(1, tokens, features)``, if it has any.
@@ -45,7 +52,10 @@ class EncoderKind:
     sizes: Callable[[StateDict], dict[str, Any]]
     describe: Callable[[Any, Sequence[int]], dict[str, Any]]
     build: Callable[..., nn.Module]
-    optional: str
+    optional: str = NOTHING
+    new: str = NOTHING
+    options: tuple[str, ...] = ()
+    layers: Callable[[Any], dict[str, int]] | None = None
     renames: tuple[tuple[str, str], ...] = ()
     knobs: tuple[tuple[str, str], ...] = ()
     positions: str | None = None
@@ -145,6 +155,49 @@ def describe_swin(swin: SwinTransformer, img_size: Sequence[int] = ()) -> dict[s
     }
 
 
+def _vit_layers(vit: ViT) -> dict[str, int]:
+    return {"patch_embedding.": 0} | {f"blocks.{i}.": i + 1 for i in range(len(vit.blocks))}
+
+
+def _convvit_sizes(tensors: StateDict) -> dict[str, Any]:
+    stems = [tensors.get(f"embeddings.{i}.conv.weight") for i in range(4)]
+    hidden = tensors.get("stages.0.0.mlp.0.bias")
+    sizes: dict[str, Any] = {"depths": [_count(rf"stages\.{i}\.(\d+)\.", tensors) for i in range(3)]}
+    sizes["depths"].append(_count(r"blocks\.(\d+)\.", tensors))
+    if stems[0] is not None:
+        sizes |= {"in_channels": stems[0].shape[1], "spatial_dims": stems[0].ndim - 2}
+        if hidden is not None:
+            sizes["mlp_ratio"] = len(hidden) / len(stems[0])
+    if all(stem is not None for stem in stems):
+        sizes["embed_dims"] = [len(stem) for stem in stems if stem is not None]
+    return sizes
+
+
+def describe_convvit(convvit: ConvViT, img_size: Sequence[int]) -> dict[str, Any]:
+    """Constructor arguments of a ConvViT, read off the network itself; ``layer_scale`` is 1 wherever it is built."""
+    block: Any = convvit.blocks[0]
+    return _convvit_sizes(convvit.state_dict()) | {
+        "img_size": list(img_size),
+        "num_heads": block.attn.num_heads,
+        "fusion": convvit.fusion is not None,
+        "fifth_stage": convvit.fifth_stage is not None,
+        "layer_scale": 1.0 if isinstance(block.scale1, LayerScale) else None,
+        "relative_position_bias": block.attn.position_bias is not None,
+    }
+
+
+def _convvit_layers(convvit: ConvViT) -> dict[str, int]:
+    """An embedding counts to the layer of the block that follows it."""
+    layers = {"embeddings.0.": 0}
+    for i, stage in enumerate(convvit.stages):
+        first = max(layers.values()) + 1
+        layers |= {f"embeddings.{i}.": first} if i else {}
+        layers |= {f"stages.{i}.{j}.": first + j for j in range(len(stage))}  # type: ignore[arg-type]
+    first = max(layers.values()) + 1
+    layers |= {"embeddings.3.": first, "token_embedding.": first}
+    return layers | {f"blocks.{i}.": first + i for i in range(len(convvit.blocks))}
+
+
 def _stem_sizes(stem: Tensor | None, channels_name: str) -> dict[str, Any]:
     if stem is None:
         return {}
@@ -170,6 +223,7 @@ KINDS = (
         describe=describe_vit,
         build=_build_vit,
         optional=r"cross_attn",  # left over in MONAI's blocks, some versions with and some without it
+        layers=_vit_layers,
         positions="patch_embedding.position_embeddings",
         grid=_vit_grid,
     ),
@@ -187,5 +241,17 @@ KINDS = (
             (r"\b(layers\d\.0)\.0\.", r"\1."),  # ssl_pretrained_weights.pth (Valanarasu et al., 2023)
         ),
         knobs=(("embed_dim", "feature_size"),),
+    ),
+    EncoderKind(
+        encoder_class=ConvViT,
+        anchor="stages.0.0.depthwise.weight",
+        stem="embeddings.0.conv.weight",
+        body=r"embeddings\.|stages\.|token_embedding\.|blocks\.",
+        sizes=_convvit_sizes,
+        describe=describe_convvit,
+        build=ConvViT,
+        new=r"^fifth_stage\.|\.scale[12]\.factor$|\.position_bias\.table$",
+        options=("fusion", "fifth_stage", "layer_scale", "relative_position_bias", "drop_path_rate"),
+        layers=_convvit_layers,
     ),
 )

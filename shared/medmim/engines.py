@@ -69,8 +69,11 @@ class TrainingStep:
         if state_dict and self.scaler.is_enabled():
             self.scaler.load_state_dict(state_dict)
 
-    def __call__(self, engine: SupervisedTrainer, batchdata: Any) -> dict[str, Tensor]:
-        """One iteration; fires MONAI's ``IterationEvents``."""
+    def __call__(self, engine: SupervisedTrainer, batchdata: Any) -> list[dict[str, Tensor]]:
+        """One iteration; fires MONAI's ``IterationEvents``.
+
+        The output is a list of one, as decollating leaves it: MONAI's handlers that log a loss expect that.
+        """
         inputs, targets, args, kwargs = self._prepare(engine, batchdata)
         first, size, last = self._place(engine)
         network: Any = engine.network
@@ -91,7 +94,7 @@ class TrainingStep:
             self.scaler.step(engine.optimizer)
             self.scaler.update()
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
-        return engine.state.output
+        return [engine.state.output]
 
     def _prepare(self, engine: SupervisedTrainer, batchdata: Any) -> tuple[Tensor, Any, tuple, dict[str, Any]]:
         prepared = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)

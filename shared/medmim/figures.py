@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
 PLANES = ("sagittal", "coronal", "axial")
 
@@ -72,6 +75,68 @@ def reconstruction_figure(
     return figure
 
 
+@dataclass(frozen=True)
+class NestedRow:
+    """One level of :func:`nested_figure`.
+
+    Attributes:
+        label: of the row.
+        columns: title and volume ``(H, W, D)`` or ``(H, W)``; NaN is drawn blue-grey (hidden).
+        spacing: mm of a voxel along each axis.
+        corner, size: box that the next row enlarges, in voxels; slices pass through its middle. Without one they
+            pass through the middle of the volume.
+    """
+
+    label: str
+    columns: Mapping[str, np.ndarray]
+    spacing: Sequence[float]
+    corner: Sequence[int] | None = None
+    size: Sequence[int] | None = None
+
+
+def nested_figure(rows: Sequence[NestedRow], title: str) -> Figure:
+    """One row for each of several nested volumes, and in it for each plane all columns.
+
+    Args:
+        rows: from the outermost; a frame shows what the next one looks into.
+        title: of the figure.
+    """
+    dims = next(iter(rows[0].columns.values())).ndim
+    pairs = [(1, 2), (0, 2), (0, 1)] if dims == 3 else [(0, 1)]  # (across, up)
+    names = list(rows[0].columns)
+    width = 1.75  # inches of a column
+    figure = Figure(figsize=(width * len(pairs) * len(names) + 0.4, (width + 0.1) * len(rows) + 0.7))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(len(rows), len(pairs) * len(names), squeeze=False)
+    for line, row in zip(axes, rows, strict=True):
+        first = next(iter(row.columns.values()))
+        low, high = np.nanpercentile(first, [0.5, 99.5])
+        at = [n // 2 for n in first.shape]
+        if row.corner is not None and row.size is not None:
+            at = [corner + n // 2 for corner, n in zip(row.corner, row.size, strict=True)]
+        slices = [planes(volume, at) for volume in row.columns.values()]
+        line[0].set_ylabel(row.label, fontsize=8)
+        for number, axis in enumerate(line):
+            plane, column = divmod(number, len(names))
+            i, j = pairs[plane]
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_facecolor("#5b6c8a")
+            shown = np.ma.masked_invalid(slices[column][plane])
+            aspect = row.spacing[j] / row.spacing[i]
+            axis.imshow(shown, cmap="gray", vmin=low, vmax=high, interpolation="nearest", aspect=aspect)
+            if row.corner is not None and row.size is not None:
+                up = first.shape[j] - row.corner[j] - row.size[j]
+                place = (row.corner[i] - 0.5, up - 0.5)
+                axis.add_patch(Rectangle(place, row.size[i], row.size[j], fill=False, edgecolor="#E69F00"))
+    for number, axis in enumerate(axes[0]):
+        plane, column = divmod(number, len(names))
+        name = f"{PLANES[plane]}\n{names[column]}" if dims == 3 else names[column]
+        axis.set_title(name if column == 0 else names[column], fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
 def segmentation_figure(
     image: np.ndarray,
     maps: Mapping[str, np.ndarray],
@@ -115,20 +180,25 @@ def segmentation_figure(
 
 
 def curves_figure(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], xlabel: str = "epoch") -> Figure:
-    """One panel for each quantity, one line for each run.
+    """One panel for each quantity, four in a row, one line for each run.
 
     Args:
         curves: panel title → line label → points ``(x, y)``.
-        xlabel: of the x axis.
+        xlabel: of the x axis, whose ticks are whole numbers.
     """
-    figure = Figure(figsize=(4.2 * len(curves), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(curves), squeeze=False)[0]
-    for axis, (name, lines) in zip(axes, curves.items(), strict=True):
+    across = min(len(curves), 4)
+    lines_of_panels = ceil(len(curves) / across)
+    figure = Figure(figsize=(4.2 * across, 3.2 * lines_of_panels), layout="constrained")
+    panels = figure.subplots(lines_of_panels, across, squeeze=False).flat
+    for axis in list(panels)[len(curves) :]:
+        axis.remove()
+    for axis, (name, lines) in zip(figure.axes, curves.items(), strict=True):
         for label, points in lines.items():
             x, y = zip(*points, strict=True) if points else ((), ())
             axis.plot(x, y, marker="." if len(points) < 40 else "", label=label)
         axis.set_title(name, fontsize=9)
         axis.set_xlabel(xlabel, fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
         axis.grid(alpha=0.3)
         if len(lines) > 1 or next(iter(lines), ""):
             axis.legend(fontsize=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ def replace_file(path: str | Path, write: Callable[[Path], Any], keep: str | Pat
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    # torch.save wraps the system's error into a RuntimeError
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # torch.save may wrap the system's error into a RuntimeError
+        if not isinstance(_root(error), OSError):
+            raise
         before = "the one before is untouched" if path.exists() else "nothing is left of it"
         raise WriteError(
             f"{path}: cannot be written ({_reason(error)}); {before}: free space and start again"
@@ -58,6 +60,18 @@ def save_tensors(path: str | Path, content: Any, keep: str | Path | None = None)
     replace_file(path, write, keep)
 
 
+def check_archive(path: Path) -> None:
+    """Compare the check sums of a file that ``torch.save`` wrote, which ``torch.load`` does not look at.
+
+    Raises:
+        ValueError: when a part of it is damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise ValueError(f"wrong check sum of {broken}")
+
+
 def remove_leftovers(*paths: str | Path) -> None:
     """Remove what a process that was killed in :func:`replace_file` has left beside these files."""
     for path in map(Path, paths):
@@ -65,10 +79,16 @@ def remove_leftovers(*paths: str | Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _reason(error: BaseException) -> str:
+def _root(error: BaseException) -> BaseException:
+    """The system's error behind one of torch, if there is any."""
     while not isinstance(error, OSError) and error.__context__ is not None:
         error = error.__context__
-    return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:150]
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    root = _root(error)
+    return (isinstance(root, OSError) and root.strerror) or " ".join(str(root).split())[:150]
 
 
 def _flush_folder(folder: Path) -> None:

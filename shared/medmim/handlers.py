@@ -35,24 +35,31 @@ class NonFiniteLossError(ValueError):
 
 
 class StopOnNonFiniteLoss:
-    """End a training whose loss is NaN or infinite, before it reaches a file; names the batch.
+    """End a training whose loss or weights are NaN or infinite, before they reach a file; names the batch.
 
-    A loss is looked at in the following iteration, when the device has it ready, so that nothing waits for it. Stands
-    before the handlers that write.
+    A loss is copied to the host while the device goes on, and looked at in the following iteration, so that nothing
+    waits for it; the weights are looked at when an epoch ends. Stands before the handlers that write.
     """
 
     def attach(self, engine: Engine) -> None:
         """Attach to a MONAI trainer."""
-        self.latest: tuple[torch.Tensor, str, list[str]] | None = None
+        self.latest: tuple[torch.Tensor, Any, str] | None = None
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.check)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.check_weights)
 
     def __call__(self, engine: Engine) -> None:
         self.check()
         state: Any = engine.state
+        loss, copied = state.output["loss"], None
+        if loss.is_cuda:
+            on_device = loss
+            loss = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(on_device, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
         iteration = (state.iteration - 1) % state.epoch_length + 1
-        place = f"in epoch {state.epoch}, iteration {iteration}"
-        self.latest = (state.output["loss"], place, batch_files(state.batch))
+        place = f"in epoch {state.epoch}, iteration {iteration}, with {', '.join(batch_files(state.batch))}"
+        self.latest = (loss, copied, place)
 
     def check(self, engine: Engine | None = None) -> None:
         """Look at the latest loss.
@@ -62,12 +69,28 @@ class StopOnNonFiniteLoss:
         """
         if self.latest is None:
             return
-        loss, place, files = self.latest
+        loss, copied, place = self.latest
         self.latest = None
+        if copied is not None:
+            copied.synchronize()
         if not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss is {float(loss)} {place}, with {', '.join(files)}: lower --learning_rate, or try --amp False"
-            )
+            raise NonFiniteLossError(f"the loss is {float(loss)} {place}: lower --learning_rate, or try --amp false")
+
+    def check_weights(self, engine: Engine) -> None:
+        """Look at the network's weights.
+
+        Raises:
+            NonFiniteLossError: naming the first parameter and the epoch.
+        """
+        network: Any = getattr(engine, "network", None)
+        if network is None:
+            return
+        for name, parameter in network.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise NonFiniteLossError(
+                    f"{name} is no longer finite after epoch {engine.state.epoch}: lower --learning_rate, or try "
+                    "--amp false"
+                )
 
 
 def batch_files(batch: Any) -> list[str]:
@@ -168,7 +191,8 @@ class LearningCurve:
     """Write the scalars of a training as ``scalars.csv`` and ``curves.png``, brought up to date after each epoch.
 
     Stands after the validation handler, so that an epoch's row holds its validation. The learning rate is put into
-    the trainer's state too, for TensorBoard. Losses are means over all processes; rank 0 writes.
+    the trainer's state too, for TensorBoard. Each scalar of the trainer's output is recorded as ``train_<name>``, the mean
+    over the epoch and all processes; rank 0 writes.
 
     Args:
         output_dir: where the two files go.
@@ -181,7 +205,7 @@ class LearningCurve:
         self.optimizer = optimizer
         self.evaluator = evaluator
         self.rows: list[dict[str, float]] = []
-        self.losses: list[torch.Tensor] = []
+        self.scalars: dict[str, list[torch.Tensor]] = {}
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -211,21 +235,24 @@ class LearningCurve:
 
     def _remember(self, engine: Engine) -> None:
         output: Any = engine.state.output
-        # kept where it is until the epoch's end: reading it now would wait for the device
-        self.losses.append(torch.as_tensor((output[0] if isinstance(output, list) else output)["loss"]))
+        for name, value in (output[0] if isinstance(output, list) else output).items():
+            if isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.ndim == 0):
+                # kept where it is until the epoch's end: reading it now would wait for the device
+                self.scalars.setdefault(name, []).append(torch.as_tensor(value))
 
     def _write(self, engine: Engine) -> None:
-        loss: Any = torch.stack(self.losses).mean()
+        means: Any = torch.stack([torch.stack(values).mean() for values in self.scalars.values()])
         if idist.get_world_size() > 1:
-            loss = idist.all_reduce(loss) / idist.get_world_size()
-        self.losses = []
+            means = idist.all_reduce(means) / idist.get_world_size()
+        scalars = {f"train_{name}": value for name, value in zip(self.scalars, means.tolist(), strict=True)}
+        self.scalars = {}
         self._say_learning_rate(engine)
         row: dict[str, float] = {
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
             "seconds": round(time.monotonic() - self.started, 1),
             "learning_rate": self._learning_rate(),
-            "train_loss": float(loss),
+            **scalars,
         }
         validated = self.evaluator is not None and self.evaluator.state.epoch == engine.state.epoch
         if validated and self.evaluator is not None:
@@ -236,7 +263,7 @@ class LearningCurve:
         self.write_csv()
         if validated or engine.state.epoch == engine.state.max_epochs:
             self.write_png()
-            self._log(row, int(engine.state.max_epochs or 0))
+        self._log(row, int(engine.state.max_epochs or 0))
 
     def _log(self, row: dict[str, float], max_epochs: int) -> None:
         scores = ", ".join(f"{name} {row[name]:.4f}" for name in list(row)[4:])
@@ -256,12 +283,13 @@ class LearningCurve:
         replace_file(self.output_dir / "scalars.csv", write)
 
     def write_png(self) -> None:
-        """Draw losses and validation metrics against the epoch."""
+        """Draw losses and validation metrics against the epoch; ``train_x`` and ``val_x`` share a panel."""
         names = list(dict.fromkeys(key for row in self.rows for key in row))[4:]
-        points = {
-            name: {"": [(row["epoch"], row[name]) for row in self.rows if math.isfinite(row.get(name, math.nan))]}
-            for name in names
-        }
+        points: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for name in names:
+            line, _, panel = name.partition("_") if name.startswith(("train_", "val_")) else ("", "", name)
+            found = [(row["epoch"], row[name]) for row in self.rows if math.isfinite(row.get(name, math.nan))]
+            points.setdefault(panel, {})[line] = found
         save_figure(curves_figure(points), self.output_dir / "curves.png")
 
 
@@ -303,14 +331,16 @@ class ReconstructionPreview:
         if epoch % self.interval and epoch != engine.state.max_epochs:
             return
         item = self.dataset[0]
-        item = item[0] if isinstance(item, list) else item
-        image = torch.as_tensor(item["image"]).as_subclass(torch.Tensor).unsqueeze(0).to(self.device)
-        mask = item["mask"].unsqueeze(0).to(self.device)
-        spacing = item["image"].pixdim.tolist()
-        figure = draw_reconstruction(self.network, self.loss, image, mask, f"epoch {epoch}", spacing)
+        figure = self.draw(item[0] if isinstance(item, list) else item, f"epoch {epoch}")
         save_figure(figure, self.output_dir / "previews" / f"epoch_{epoch:04d}.png")
         with SummaryWriter(str(self.output_dir / "tensorboard")) as writer:
             writer.add_image("reconstruction", figure_pixels(figure), epoch, dataformats="HWC")
+
+    def draw(self, item: Mapping[str, Any], title: str) -> Any:
+        """Figure of an item of the dataset."""
+        image = torch.as_tensor(item["image"]).as_subclass(torch.Tensor).unsqueeze(0).to(self.device)
+        mask = item["mask"].unsqueeze(0).to(self.device)
+        return draw_reconstruction(self.network, self.loss, image, mask, title, item["image"].pixdim.tolist())
 
 
 def draw_reconstruction(

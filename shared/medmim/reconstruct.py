@@ -57,7 +57,8 @@ class WindowReconstructor(nn.Module):
 class SplitReconstructiond(MapTransform):
     """Take the output of :class:`WindowReconstructor` apart, and draw it.
 
-    Writes the keys ``masked`` (0 at hidden voxels) and ``reconstruction``, and a picture of the first channel.
+    Writes the keys ``masked`` (0 at hidden voxels) and ``reconstruction``, and a picture of the first channel,
+    without what was padded around the scan.
 
     Args:
         keys: where the output stands.
@@ -80,7 +81,10 @@ class SplitReconstructiond(MapTransform):
         image, masked, reconstruction = output.chunk(3)
         columns = {"original": image, "masked": masked, "reconstruction": reconstruction}
         spacing = output.pixdim.tolist()
-        figure = reconstruction_figure({name: x[0].cpu().numpy() for name, x in columns.items()}, self.title, spacing)
+        inside = without_padding(output)
+        figure = reconstruction_figure(
+            {name: volume[0].cpu().numpy()[inside] for name, volume in columns.items()}, self.title, spacing
+        )
         path = Path(str(output.meta["filename_or_obj"]))
         folder = self.output_dir / os.path.relpath(path.parent, self.data_root_dir)
         name = path.name.removesuffix(".gz").removesuffix(".nii")
@@ -88,3 +92,16 @@ class SplitReconstructiond(MapTransform):
         result["masked"] = torch.nan_to_num(masked, nan=0.0)
         result["reconstruction"] = reconstruction
         return result
+
+
+def without_padding(image: MetaTensor) -> tuple[slice, ...]:
+    """Where along each axis an image ``(C, *spatial)`` is not padding of the last transforms that were applied."""
+    start, stop = [0] * (image.ndim - 1), list(image.shape[1:])
+    for operation in reversed(image.applied_operations):
+        padded = operation.get("extra_info", {}).get("padded")
+        if padded is None:  # what was done before is not in the way
+            break
+        for axis, (before, after) in enumerate(padded[1:]):
+            start[axis] += int(before)
+            stop[axis] -= int(after)
+    return tuple(map(slice, start, stop))

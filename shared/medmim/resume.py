@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 
-from medmim.files import remove_leftovers, save_tensors
+from medmim.files import check_archive, remove_leftovers, save_tensors
+from medmim.folders import CHECKPOINTS, check_resume
 from medmim.randomness import random_states, seed_epoch, set_random_states
 from medmim.scan_datasets import SeededDataset
 
 logger = logging.getLogger(__name__)
 
-NEWEST, PREVIOUS, SET_ASIDE = "checkpoint.pt", "checkpoint_previous.pt", "checkpoint_old.pt"
+NEWEST, PREVIOUS = CHECKPOINTS
 DAMAGED = "checkpoint_damaged.pt"
 
 
@@ -59,10 +59,11 @@ class Checkpoints:
         objects: name and object with ``state_dict`` and ``load_state_dict``; ``network`` is the bare network, not the
             ``DistributedDataParallel`` around it.
         interval: epochs between two checkpoints; the last epoch is always written.
-        resume: go on from the newest readable checkpoint, if there is any.
+        resume: go on from the newest readable checkpoint, if there is any; without it there must be none.
         evaluator: whose best metric is kept.
         made_with: knobs that whoever loads the checkpoint must give as well; plain values.
-        run_with: knobs without which a resumed training ends elsewhere than an undisturbed one; a change is said.
+        run_with: knobs with which a training goes on; plain values.
+        models_dir: where the best model is, which a checkpoint does not hold.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Checkpoints:
         evaluator: Engine | None = None,
         made_with: Mapping[str, Any] | None = None,
         run_with: Mapping[str, Any] | None = None,
+        models_dir: str | Path | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.objects = objects
@@ -82,6 +84,7 @@ class Checkpoints:
         self.evaluator = evaluator
         self.made_with = dict(made_with or {})
         self.run_with = dict(run_with or {})
+        self.models_dir = None if models_dir is None else Path(models_dir)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -90,21 +93,20 @@ class Checkpoints:
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
 
     def start(self, engine: Engine) -> None:
-        """Load the newest readable checkpoint, or set aside what an earlier run has left."""
+        """Load the newest readable checkpoint.
+
+        Raises:
+            CheckpointError: when it does not fit this run, or would be overwritten.
+        """
         if self.resume:
             self._load(engine)
-        elif idist.get_rank() == 0:
-            self._set_aside()
+        else:
+            try:
+                check_resume(self.folder, self.resume)
+            except ValueError as error:
+                raise CheckpointError(str(error)) from error
         if idist.get_rank() == 0:
             remove_leftovers(self.folder / NEWEST, self.folder / "scalars.csv")
-
-    def _set_aside(self) -> None:
-        there = [path for path in (self.folder / NEWEST, self.folder / PREVIOUS) if path.is_file()]
-        if there:
-            there[0].replace(self.folder / SET_ASIDE)
-            logger.warning(f"{there[0]} of an earlier run is now {SET_ASIDE}; --resume true would have gone on from it")
-        for path in there[1:]:
-            path.unlink()
 
     def save(self, engine: Engine) -> None:
         """Write a checkpoint when it is due.
@@ -168,32 +170,23 @@ class Checkpoints:
             ) from error
 
     def _compare(self, found: Mapping[str, Any], epoch_length: int) -> None:
-        changed = _changes(found["made_with"], self.made_with)
-        changed += _changes({"batches in an epoch": found["epoch_length"]}, {"batches in an epoch": epoch_length})
+        before = found["made_with"] | found["run_with"] | {"batches in an epoch": found["epoch_length"]}
+        changed = _changes(before, self.made_with | self.run_with | {"batches in an epoch": epoch_length})
         if changed:
             raise CheckpointError(
                 f"{self.folder / NEWEST}: --resume needs the data and the knobs of the run before, found "
                 f"{', '.join(changed)}: correct them, or take another --output_dir"
             )
-        changed = _changes(found["run_with"], self.run_with)
-        if changed and idist.get_rank() == 0:
-            logger.warning(f"--resume with {', '.join(changed)}: ends elsewhere than an undisturbed run")
+        if self.models_dir is not None and found.get("best", {}).get("epoch", 0) > 0:
+            model = self.models_dir / "model.pt"
+            if not model.is_file():
+                raise CheckpointError(f"{model}: no such file: --resume needs the --models_dir of the run before")
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [f"{key} {now[key]} (was {before[key]})" for key in now if key in before and before[key] != now[key]]
-
-
-def check_archive(path: Path) -> None:
-    """Compare the check sums of a file that ``torch.save`` wrote, which ``torch.load`` does not look at.
-
-    Raises:
-        ValueError: when a part of it is damaged.
-    """
-    with zipfile.ZipFile(path) as archive:
-        broken = archive.testzip()
-    if broken is not None:
-        raise ValueError(f"wrong check sum of {broken}")
+    different = [key for key in now if key in before and before[key] != now[key]]
+    texts = {key: f"{key} {now[key]} (was {before[key]})" for key in different}
+    return [text if len(text) < 100 else f"another {key}" for key, text in texts.items()]
 
 
 def read_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:

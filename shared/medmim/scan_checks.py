@@ -87,17 +87,18 @@ def check_scans(
 
 def _find_out(items: Sequence[Item], preset: Preset, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What each scan is like, or the line that says why it cannot be used; only new and changed files are read."""
-    rules = f"{list(preset.channels)} {preset.label_values} {preset.window} {len(preset.roi_size)}"
+    values = f"{preset.file_values} {preset.label_map}"
+    rules = f"{list(preset.channels)} {values} {preset.window} {len(preset.roi_size)}"
     found: dict[str, Any] = {}
     for item in tqdm(items, desc="checking scans", disable=None, leave=False):
         key = _name(item)
-        state = [rules, *_file_state(item)]
-        if known.get(key, {}).get("state") == state:
-            found[key] = known[key]
-            continue
         try:
-            found[key] = {"state": state} | _check_scan(item, preset)
-        except ScanError as error:
+            state = [rules, *_file_state(item)]
+            if known.get(key, {}).get("state") == state:
+                found[key] = known[key]
+            else:
+                found[key] = {"state": state} | _check_scan(item, preset)
+        except (ScanError, OSError) as error:
             found[key] = str(error)
     return found
 
@@ -139,8 +140,9 @@ def _check_scan(item: Item, preset: Preset) -> dict[str, Any]:
     foreground = None
     if "label" in item:
         label = load_scan(item["label"])
-        check_label(label, image, item["label"], preset.label_values)
-        foreground = bool(label.round().any())
+        check_label(label, image, item["label"], preset.file_values)
+        found = [int(value) for value in torch.unique(label.round())]
+        foreground = any(preset.label_map.get(value, value) for value in found)
     pixdim = getattr(image, "pixdim", torch.ones(image.ndim - 1))
     return {"shape": list(image.shape[1:]), "spacing": [float(p) for p in pixdim], "foreground": foreground}
 

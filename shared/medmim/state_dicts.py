@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from medmim.datasets import Preset
 from medmim.description import check_description, describe, is_description, read_description
-from medmim.files import replace_file
+from medmim.files import check_archive, replace_file
 
 NESTED_KEYS = ("state_dict", "model", "network")
 WRAPPERS = r"^(?:module\.|_orig_mod\.)+"  # what DistributedDataParallel and torch.compile put before each name
@@ -158,6 +158,8 @@ def _read(path: str | Path) -> Any:
     try:
         if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:  # a header of that many bytes
             return _read_safetensors(path)
+        if head[:2] == b"PK":  # a zip, which all but very old versions of PyTorch write
+            check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise ValueError(f"{path}: reading it {SAFETENSORS_NEEDED}") from error
@@ -216,4 +218,10 @@ def _split(content: Any, path: str | Path) -> tuple[dict[str, Tensor], dict[str,
         )
     if description is not None:
         check_description(description, path)
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}, description
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    bad = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"{path}: {len(bad)} tensors are not finite, first: {bad[0]}: get other weights, or train again"
+        )
+    return tensors, description

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from medmim.datasets import Preset
 from medmim.description import build_network, describe
 from medmim.encoders import KINDS, EncoderKind, kind_of
-from medmim.files import replace_file
+from medmim.files import save_tensors
 from medmim.state_dicts import (
     as_knob,
     count_faults,
@@ -75,13 +75,13 @@ def save_encoder(path: str | Path, encoder: nn.Module, img_size: Sequence[int], 
 
     Args:
         path: the file; replaced in one step.
-        encoder: MONAI ``ViT`` or ``SwinTransformer``.
+        encoder: MONAI ``ViT`` or ``SwinTransformer``, or ``ConvViT``.
         img_size: voxels along each axis that it was built for.
         preset: the data that it was trained on.
     """
     state_dict = {name: tensor.detach().cpu() for name, tensor in encoder.state_dict().items()}
     content = {"state_dict": state_dict, "description": describe(encoder, img_size, preset)}
-    replace_file(path, lambda temporary: torch.save(content, temporary))
+    save_tensors(path, content)
 
 
 def build_encoder(path: str | Path) -> nn.Module:
@@ -104,7 +104,7 @@ def build_encoder(path: str | Path) -> nn.Module:
 
 
 def find_encoder(network: nn.Module) -> Any:
-    """The one encoder inside a network (or the network itself): MONAI ``ViT`` or ``SwinTransformer``.
+    """The one encoder inside a network (or the network itself): MONAI ``ViT`` or ``SwinTransformer``, or ``ConvViT``.
 
     Raises:
         ValueError: when there is none, or more than one.
@@ -125,11 +125,12 @@ def load_encoder(
     """Load pre-trained weights into the encoder of a network; nothing is skipped silently.
 
     Position embeddings are resized (linearly) to another grid. A stem for one channel is repeated and divided by the
-    number of channels; one for several channels is summed for a single-channel network.
+    number of channels; one for several channels is summed for a single-channel network. What a dense ConvViT has beyond a
+    pre-trained one (fifth stage, layer scale, relative position bias) is new; the latter two start without effect.
 
     Args:
-        network: holds one MONAI ``ViT`` or ``SwinTransformer``: the encoder itself, MONAI's ``UNETR`` or ``SwinUNETR``,
-            a network of this package.
+        network: holds one MONAI ``ViT`` or ``SwinTransformer``, or one ``ConvViT``: the encoder itself, MONAI's
+            ``UNETR`` or ``SwinUNETR``, a network of this package.
         path: ``encoder.pt``, or any checkpoint that holds one such encoder with MONAI's names behind any prefix; also
             safetensors, and MONAI's published Swin weights (``model_swinvit.pt``, ``ssl_pretrained_weights.pth``).
         img_size: voxels that the network was built for; needed only for a bare ``ViT``, which does not know its grid,
@@ -187,7 +188,7 @@ def _names_of_encoder(source: Mapping[str, Tensor], wanted: EncoderKind, path: s
         found += [(kind, prefix, originals) for prefix in kind.prefixes(originals)]
     if not found:
         anchors = " or ".join(f"…{kind.anchor} ({kind.name})" for kind in KINDS)
-        raise ValueError(f"{path}: 0 tensors are named {anchors}: give a file that holds a {wanted.name} of MONAI")
+        raise ValueError(f"{path}: 0 tensors are named {anchors}: give a file that holds a {wanted.name}")
     if len(found) > 1:
         places = ", ".join(f"{kind.name} at {prefix or 'the top'}" for kind, prefix, _ in found)
         raise ValueError(f"{path}: holds {len(found)} encoders ({places}), expected one: save the one alone")
@@ -221,7 +222,7 @@ def _check_architecture(
     read = kind.sizes(tensors)
     theirs = read if arguments is None else dict(arguments)
     ours = kind.describe(encoder, theirs.get("img_size", ())) if arguments else kind.sizes(encoder.state_dict())
-    fitted = ("img_size", "in_channels", "in_chans")  # positions are resized, the stem is adapted
+    fitted = ("img_size", "in_channels", "in_chans", *kind.options)  # positions are resized, the stem is adapted
     different = [key for key in ours if key in theirs and theirs[key] != ours[key] and key not in fitted]
     hidden = [key for key in different if key not in read]  # no shape tells it, like the number of heads of a ViT
     if not faults and not hidden:
@@ -242,10 +243,11 @@ def _faults(
     target = encoder.state_dict()
     found = []
     for name, value in target.items():
-        may_stay = name.startswith(allowed) or re.search(kind.optional, name) is not None
+        may_stay = name.startswith(allowed) or any(re.search(p, name) for p in (kind.optional, kind.new))
         found.append(_fault(name, tensors.get(name), value, kind, may_stay))
     for name, value in encoder.named_buffers():
-        if name in tensors and tensors[name].shape == value.shape and not torch.equal(tensors[name].to(value), value):
+        computed = name in tensors and re.search(kind.optional, name) and tensors[name].shape == value.shape
+        if computed and not torch.equal(tensors[name].to(value), value):
             found.append(f"{name} holds other values than the network's, which are computed from its arguments")
     for name in tensors:
         if name not in target and re.match(kind.body, name) and not re.search(kind.optional, name):

@@ -11,6 +11,8 @@ import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.config_item import ConfigComponent
 
+from tests.common import CONVVIT_UNETR, MAE, MIM, TINY, TINY_OF, UNETR
+
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLES = sorted(path for path in (ROOT / "bundles").iterdir() if (path / "configs").is_dir())
 CONFIGS = [path for bundle in BUNDLES for path in sorted((bundle / "configs").glob("*.yaml"))]
@@ -38,7 +40,7 @@ def metadata(bundle: Path) -> dict:
 
 
 def test_bundles_are_found() -> None:
-    assert {path.name for path in BUNDLES} >= {"mae_vit_pretraining", "unetr_segmentation"}
+    assert {path.name for path in BUNDLES} == set(TRAINED)
 
 
 def test_folder_is_complete(bundle: Path) -> None:
@@ -114,7 +116,16 @@ def test_override_files_override_what_is_there(path: Path) -> None:
     override = ConfigParser.load_config_file(str(path))
     text = path.read_text(encoding="utf-8")
     for key in override:
-        assert key.split("::")[0] in train or f"@{key}" in text, f"{key} is neither in train.yaml nor used here"
+        name = key.lstrip("+").split("::")[0]
+        assert name in train or f"@{key}" in text or key == "finalize", f"{key} is neither in train.yaml nor used here"
+
+
+TRAINED = {  # fixtures: folders that a training of each bundle has written
+    MAE: "pretrained",
+    UNETR: "finetuned",
+    MIM: "pretrained_mim",
+    CONVVIT_UNETR: "convvit_from_scratch",
+}
 
 
 @pytest.mark.parametrize(("config", "kind"), [("train", "train"), ("inference", "infer")])
@@ -124,15 +135,14 @@ def test_required_properties_are_there(
     kind: str,
     phantom_dir: Path,
     coarse_preset: Path,
-    pretrained: Path,
-    finetuned: Path,
+    request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
-    trained = {"mae_vit_pretraining": pretrained, "unetr_segmentation": finetuned}[bundle.name]
+    trained = request.getfixturevalue(TRAINED[bundle.name])
     knobs = {"dataset_dir": str(phantom_dir), "models_dir": str(trained / "models"), "num_workers": 0}
     knobs["output_dir"] = str(tmp_path)
     if config == "train":
-        knobs |= {"dataset": str(coarse_preset), "cache_rate": 0.0, "num_layers": 4, "hidden_size": 48, "num_heads": 4}
+        knobs |= TINY | TINY_OF[bundle.name] | {"dataset": str(coarse_preset), "cache_rate": 0.0}
     with chdir(bundle):
         workflow = ConfigWorkflow([f"configs/{config}.yaml"], logging_file=False, workflow_type=kind, **knobs)
         workflow.initialize()

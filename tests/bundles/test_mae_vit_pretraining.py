@@ -16,6 +16,7 @@ from monai.networks.nets import ViT
 
 from medmim import build_encoder
 from medmim.description import build_network, read_description
+from tests.common import rows, tensorboard_names
 
 BUNDLE = "mae_vit_pretraining"
 WINDOW = (16, 24, 16)  # voxels, the tiny network's region of interest
@@ -31,16 +32,12 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_training_writes_everything_and_lowers_the_loss(pretrained: Path) -> None:
     output = pretrained / "output"
     for name in ("checkpoint.pt", "curves.png", "checked_scans.json", "previews/epoch_0008.png"):
         assert (output / name).stat().st_size > 0, name
-    assert list((output / "tensorboard").glob("events*"))
+    assert {"train_loss", "learning_rate", "val_loss"} <= tensorboard_names(output / "tensorboard")
+    assert tensorboard_names(output / "tensorboard", "images") == {"reconstruction"}
     assert sorted(path.name for path in (pretrained / "models").iterdir()) == ["encoder.pt", "model.json", "model.pt"]
     scalars = rows(output / "scalars.csv")
     assert [int(row["epoch"]) for row in scalars] == list(range(1, 9))
@@ -238,7 +235,7 @@ def test_data_set_forms(
     knobs = data_set_in_form(form, phantom_dir, tmp_path / "data")
     with caplog.at_level(logging.INFO, "medmim"):
         workflow = run_bundle(BUNDLE, "train", folder=tmp_path, epochs=1, **knobs)
-    assert "coarse: 4 scans for training, 2 for validation" in caplog.text
+    assert ": 4 scans for training, 2 for validation (fold 0 of 5) from " in caplog.text
     assert weights(tmp_path)
     if form in ("json of names", "csv"):
         validation = [Path(item["image"]).name for item in workflow.parser.get_parsed_content("split").validation]
@@ -273,5 +270,5 @@ def test_scans_found_good_are_not_read_again(run_bundle: Run, tmp_path: Path, mo
     def refuse(path: str) -> None:
         raise AssertionError(f"{path} was read again")
 
-    monkeypatch.setattr("medmim.checks.load_scan", refuse)
-    run_bundle(BUNDLE, "train", folder=tmp_path, epochs=1)
+    monkeypatch.setattr("medmim.scan_checks.load_scan", refuse)
+    run_bundle(BUNDLE, "train", folder=tmp_path, epochs=1, resume=True)

@@ -1,6 +1,5 @@
 """Segmentation bundle from end to end: train, fine-tune, freeze, evaluate, predict."""
 
-import csv
 import json
 import math
 import shutil
@@ -14,16 +13,12 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from medmim.description import build_network, read_description
+from tests.common import rows, tensorboard_names
 
 BUNDLE = "unetr_segmentation"
 CLASSES = ["liver", "spleen", "left kidney", "right kidney", "spine"]
 Run = Callable[..., ConfigWorkflow]
 Tensors = dict[str, torch.Tensor]
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def final_weights(folder: Path) -> Tensors:
@@ -42,9 +37,10 @@ def changed(before: Tensors, after: Tensors) -> set[str]:
 
 def test_training_writes_everything_and_lowers_the_loss(finetuned: Path) -> None:
     output = finetuned / "output"
-    for name in ("checkpoint.pt", "curves.png", "checked_scans.json"):
+    for name in ("checkpoint.pt", "curves.png", "checked_scans.json", "previews/epoch_0020.png"):
         assert (output / name).stat().st_size > 0, name
-    assert list((output / "tensorboard").glob("events*"))
+    assert {"train_loss", "learning_rate", "mean_dice"} <= tensorboard_names(output / "tensorboard")
+    assert tensorboard_names(output / "tensorboard", "images") == {"segmentation"}
     assert sorted(path.name for path in (finetuned / "models").iterdir()) == ["model.json", "model.pt"]
     scalars = rows(output / "scalars.csv")
     assert [int(row["epoch"]) for row in scalars] == list(range(1, 21))
@@ -128,6 +124,7 @@ def test_encoder_of_another_region_and_channel_count(
         learning_rate=0.0,
         epochs=1,
         pretrained_encoder=pretrained / "models" / "encoder.pt",
+        allow_other_preset="true",
     )
     report = capsys.readouterr().out
     assert "57 of 57 encoder tensors loaded, 1 resized (patch_embedding.position_embeddings), 1 adapted" in report

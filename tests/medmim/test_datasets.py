@@ -33,9 +33,86 @@ def test_btcv():
     assert preset.labels[6] == "liver"
 
 
+# name: spacing, window, roi_size, probabilities of flip, rotation and intensity (None: not named), crop_ratio
+PUBLISHED = {
+    "btcv": ((1.5, 1.5, 2.0), (-175, 250), (96, 96, 96), (0.1, 0.1, 0.5), (1, 1)),
+    "mmwhs": ((1.5, 1.5, 1.5), (0, 1700), (96, 96, 96), None, (1, 1)),
+    "amos22": ((1.5, 1.5, 2.0), (-175, 250), (96, 96, 96), (0.5, 0.5, 0.5), (1, 1)),
+    "flare22": ((1.5, 1.5, 2.0), (-175, 250), (96, 96, 96), (0.2, 0.2, 0.1), (1, 1)),
+    "msd03_liver": ((1, 1, 1), (-21, 189), (96, 96, 96), (0.2, 0.2, 0.1), (2, 1)),
+    "msd06_lung": ((1, 1, 1), (-1000, 1000), (96, 96, 96), (0.5, 0.3, 0.1), (2, 1)),
+    "msd07_pancreas": ((1.5, 1.5, 1.5), (-87, 199), (96, 96, 96), (0.5, 0.25, 0.5), (2, 1)),
+    "msd08_hepatic_vessel": ((1.5, 1.5, 1.5), (0, 230), (96, 96, 96), (0.5, 0.25, 0.5), (2, 1)),
+    "msd09_spleen": ((1, 1, 1), (-57, 175), (96, 96, 96), (0.5, 0.25, 0.5), (1, 1)),
+    "msd10_colon": ((1.5, 1.5, 1.5), (-57, 175), (96, 96, 96), (0.5, 0.25, 0.5), (2, 1)),
+    "covid_19_20": ((1.25, 1.25, 5.0), (-1000, 500), (192, 192, 32), (0.5, 0.15, 0.15), (1, 1)),
+}
+CLASSES = {
+    "btcv": 13,
+    "mmwhs": 7,
+    "amos22": 15,
+    "flare22": 13,
+    "msd03_liver": 2,
+    "msd06_lung": 1,
+    "msd07_pancreas": 2,
+    "msd08_hepatic_vessel": 2,
+    "msd09_spleen": 1,
+    "msd10_colon": 1,
+    "covid_19_20": 1,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_of_the_published_fine_tuning(name):
+    preset = get_preset(name)
+    spacing, window, roi_size, probabilities, crop_ratio = PUBLISHED[name]
+    assert preset.spacing == spacing
+    assert preset.window == window
+    assert preset.roi_size == roi_size
+    assert preset.crop_ratio == crop_ratio
+    if probabilities is not None:
+        assert tuple(preset.augmentation[key] for key in ("flip", "rotate", "intensity")) == probabilities
+    assert sorted(preset.labels) == list(range(1, CLASSES[name] + 1))
+    assert preset.modality == "CT"
+    assert preset.channels == ("CT",)
+    assert preset.z_score is None
+    assert preset.source.startswith("http")
+
+
+def test_label_tables():
+    """Where the same organ has another number in each data set."""
+    number = {name: {label: value for value, label in get_preset(name).labels.items()} for name in PUBLISHED}
+    assert [number[name]["liver"] for name in ("btcv", "amos22", "flare22", "msd03_liver")] == [6, 6, 1, 1]
+    assert [number[name]["spleen"] for name in ("btcv", "amos22", "flare22", "msd09_spleen")] == [1, 1, 3, 1]
+    assert [number[name]["pancreas"] for name in ("btcv", "amos22", "flare22", "msd07_pancreas")] == [11, 10, 4, 1]
+    assert [number[name]["left kidney"] for name in ("btcv", "amos22", "flare22")] == [3, 3, 13]
+    assert [number[name]["inferior vena cava"] for name in ("btcv", "amos22", "flare22")] == [9, 9, 6]
+    heart = get_preset("mmwhs")
+    names = {value: heart.labels[meant] for value, meant in heart.label_map.items()}
+    assert names == {
+        205: "myocardium of the left ventricle",
+        420: "left atrium",
+        500: "left ventricle",
+        550: "right atrium",
+        600: "right ventricle",
+        820: "ascending aorta",
+        850: "pulmonary artery",
+    }
+
+
+def test_values_of_label_files():
+    preset = Preset.from_dict("mine", GOOD | {"labels": {1: "tumour"}, "label_map": {"2": 1, 1: 0, 600: 1}})
+    assert preset.label_map == {2: 1, 1: 0, 600: 1}
+    assert preset.label_values == [0, 1]
+    assert preset.file_values == [0, 1, 2, 600]
+    assert preset.n_classes == 2
+    assert Preset.from_dict("mine", GOOD | {"labels": {1: "liver", 3: "spleen"}}).file_values == [0, 1, 3]
+
+
 def test_defaults_of_a_small_preset():
     preset = Preset.from_dict("mine", GOOD)
     assert preset.labels == {}
+    assert preset.label_map == {}
     assert preset.label_values == [0]
     assert preset.n_classes == 1
     assert preset.spacing is None
@@ -90,7 +167,7 @@ def test_unknown_preset_offers_the_nearest(name, near):
     with pytest.raises(ValueError, match=f"^--dataset {name}: no such preset") as error:
         get_preset(name)
     assert f"(did you mean {near}" in str(error.value) or not near
-    assert "known are btcv, hippocampus, phantom" in str(error.value)
+    assert f"known are {', '.join(sorted(preset_table()))}, or give" in str(error.value)
 
 
 def test_file_of_ones_own(tmp_path):
@@ -172,6 +249,12 @@ def test_faulty_file(tmp_path, content, message):
         ({"labels": {300: "liver"}}, r"labels must .* value at most 255 \(uint8\), found value 300"),
         ({"labels": {0: "background", 1: "liver"}}, "labels must map positive values to names"),
         ({"labels": ["liver"]}, "labels must map positive values to names"),
+        ({"label_map": None}, r"label_map must map positive values of label files .*, {500: 3}, found None"),
+        ({"label_map": {0: 1}, "labels": {1: "a"}}, "label_map must map positive values of label files"),
+        ({"label_map": {2.5: 1}, "labels": {1: "a"}}, "label_map must map positive values of label files"),
+        ({"label_map": {500: 2}, "labels": {1: "a"}}, "label_map must map to 0 or a value of labels, found 500: 2"),
+        ({"label_map": {500: True}, "labels": {1: "a"}}, "label_map must map to 0 or a value of labels, found 500: T"),
+        ({"label_map": {500: "1"}, "labels": {1: "a"}}, "label_map must map to 0 or a value of labels, found 500: '1'"),
     ],
 )
 def test_faulty_field_is_named(change, message):

@@ -62,7 +62,7 @@ def test_a_network_built_from_its_description_is_the_same(network, channels, img
 
 
 def test_other_networks_are_refused(tiny_vit):
-    known = "ViT, SwinTransformer, FeatureExtractor, UNETR"
+    known = "ViT, SwinTransformer, ConvViT, FeatureExtractor, UNETR"
     with pytest.raises(ValueError, match=f"cannot describe a MaskedAutoencoder: expected {known}"):
         describe_network(MaskedAutoencoder(tiny_vit(), (16, 24, 8), "linear"), (16, 24, 8))
     with pytest.raises(ValueError, match=f"unknown network 'Swin', known are {known}"):

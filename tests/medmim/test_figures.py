@@ -62,6 +62,18 @@ def test_curves():
     assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["a", "b"]
 
 
+@pytest.mark.parametrize("last", [1, 2, 3, 8, 24, 500])
+def test_epochs_are_whole_numbers(last):
+    figure = curves_figure({"loss": {"": [(epoch, 1.0 / epoch) for epoch in range(1, last + 1)]}})
+    figure.canvas.draw()
+    low, high = figure.axes[0].get_xlim()
+    ticks = [tick for tick in figure.axes[0].get_xticks() if low <= tick <= high]
+    assert ticks
+    assert all(tick == round(tick) for tick in ticks)
+    labels = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert not any("." in label for label in labels)
+
+
 def test_pixels_and_file(tmp_path):
     figure = curves_figure({"loss": {"": [(1, 2.0)]}})
     pixels = figure_pixels(figure)

@@ -3,7 +3,6 @@
 import csv
 import logging
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +13,12 @@ from monai.data import DataLoader, MetaTensor
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 
 from medmim.description import read_description
+from medmim.figures import curves_figure
 from medmim.handlers import (
     LearningCurve,
     NonFiniteLossError,
     ReconstructionPreview,
     SaveBestModel,
-    SaveCheckpoint,
     SaveEncoder,
     SaveScores,
     StopOnNonFiniteLoss,
@@ -62,26 +61,27 @@ def looping(n_iterations=3, output=None, **state) -> Engine:
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_non_finite_loss_ends_the_training_before_the_step(value):
-    network = torch.nn.Conv2d(1, 1, 1)
-    calls, weights = [], []
+@pytest.mark.parametrize("iteration", [1, 2, 3, 6])
+def test_non_finite_loss_ends_the_training_before_a_file_is_written(value, iteration):
+    calls, written = [], []
 
     def loss(prediction, label):
         calls.append(1)
-        return (prediction - label).square().mean() + (float(value) if len(calls) == 5 else 0.0)
+        return (prediction - label).square().mean() + (float(value) if len(calls) == iteration else 0.0)
 
+    network = torch.nn.Conv2d(1, 1, 1)
     trainer = trainer_of(network, loss, handlers=[StopOnNonFiniteLoss()])
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: weights.append(network.weight.detach().clone()))
-    message = (
-        rf"the loss is {value} in epoch 2, iteration 2, with /data/s2\.nii\.gz, /data/s3\.nii\.gz: lower --learning"
-    )
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: written.append(network.weight.detach().clone()))
+    epoch, place = (iteration + 2) // 3, (iteration - 1) % 3
+    names = [rf"/data/s{i}\.nii\.gz" for i in (2 * place, 2 * place + 1)]
+    message = rf"^the loss is {value} in epoch {epoch}, iteration {place + 1}, with {', '.join(names)}: lower --learn"
     with pytest.raises(NonFiniteLossError, match=message) as error:
         trainer.run()
     assert "\n" not in str(error.value)
     assert isinstance(error.value, ValueError)
-    assert len(weights) == 4
-    assert torch.equal(network.weight, weights[-1])
-    assert bool(network.weight.isfinite().all())
+    assert len(calls) <= iteration + 1  # looked at in the next iteration, or at the epoch's end
+    assert len(written) == epoch - 1
+    assert all(bool(weight.isfinite().all()) for weight in written)
 
 
 def test_finite_loss_goes_on():
@@ -95,43 +95,6 @@ def test_batch_files():
     assert batch_files(batch) == ["/data/s0.nii.gz", "/data/s1.nii.gz"]
     assert batch_files(scans(1)[0]) == ["/data/s0.nii.gz"]
     assert batch_files({"image": torch.rand(2, 1, 3)}) == ["unknown files"]
-
-
-def test_checkpoint_holds_what_resuming_needs(tmp_path):
-    network = torch.nn.Conv2d(1, 1, 1)
-    trainer = trainer_of(network, torch.nn.MSELoss(), epochs=5)
-    path = tmp_path / "sub" / "checkpoint.pt"
-    SaveCheckpoint(str(path), {"network": network, "optimizer": trainer.optimizer}, interval=2).attach(trainer)
-    written = []
-    trainer.add_event_handler(
-        Events.EPOCH_COMPLETED, lambda: written.append(torch.load(path)["epoch"] if path.is_file() else 0)
-    )
-    trainer.run()
-    assert written == [0, 2, 2, 4, 5]
-    content = torch.load(path, weights_only=True)
-    assert set(content) == {"network", "optimizer", "epoch", "iteration", "made_with"}
-    assert (content["epoch"], content["iteration"]) == (5, 15)
-    assert torch.equal(content["network"]["weight"], network.weight)
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_failing_checkpoint_leaves_the_old_one(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pt"
-    handler = SaveCheckpoint(str(path), {"network": torch.nn.Linear(2, 2)}, interval=1)
-    engine = looping(epoch=1, iteration=3, max_epochs=9)
-    handler(engine)
-    before = path.read_bytes()
-
-    def full_disk(content, temporary):
-        Path(temporary).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    engine.state.epoch = 2
-    with pytest.raises(OSError, match="No space left"):
-        handler(engine)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_encoder_is_written_at_intervals(tmp_path, tiny_vit, preset):
@@ -207,6 +170,33 @@ def test_learning_curve_of_a_trainer_that_decollates(tmp_path):
     trainer.run(range(2), max_epochs=1)
     assert curve.rows[0]["train_loss"] == 3
     assert (tmp_path / "curves.png").is_file()
+
+
+def test_learning_curve_of_a_loss_with_terms(tmp_path, monkeypatch):
+    """Every scalar of the output by name; a term that is left out in some epochs stays empty there."""
+
+    def output(engine):
+        late = {"term_2": torch.tensor(7.0)} if engine.state.epoch > 1 else {}
+        return [{"loss": torch.tensor(float(engine.state.iteration)), "term_1": 0.5, "pred": torch.ones(2), **late}]
+
+    evaluator = looping(metrics={"val_term_1": 0.25, "dice": 1.0}, epoch=2)
+    curve = LearningCurve(str(tmp_path), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1), evaluator)
+    trainer = looping(output=output)
+    curve.attach(trainer)
+    panels = []
+    monkeypatch.setattr("medmim.handlers.curves_figure", lambda points: panels.append(points) or curves_figure(points))
+    trainer.run(range(2), max_epochs=2)
+    with (tmp_path / "scalars.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = [[row[name] for name in ("train_loss", "train_term_1", "train_term_2", "val_term_1")] for row in rows]
+    assert found == [["1.5", "0.5", "", ""], ["3.5", "0.5", "7.0", "0.25"]]
+    assert "train_pred" not in rows[0]
+    assert panels[-1] == {
+        "loss": {"train": [(1, 1.5), (2, 3.5)]},
+        "term_1": {"train": [(1, 0.5), (2, 0.5)], "val": [(2, 0.25)]},
+        "term_2": {"train": [(2, 7.0)]},
+        "dice": {"": [(2, 1.0)]},
+    }
 
 
 @pytest.mark.parametrize("grid_and_patch", [((2, 3, 1), (2, 1, 4)), ((3, 2), (2, 5))])

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from monai.data import MetaTensor
+from monai.data import DataLoader, MetaTensor, decollate_batch
 from monai.inferers import SlidingWindowInferer
+from monai.transforms import Compose, DivisiblePad, Flip, SpatialPad
 
+from medmim.figures import reconstruction_figure as real
 from medmim.losses import MaskedReconstructionLoss
 from medmim.networks import MaskedAutoencoder, patchify
-from medmim.reconstruct import SplitReconstructiond, WindowReconstructor
+from medmim.reconstruct import SplitReconstructiond, WindowReconstructor, without_padding
 
 
 @pytest.fixture
@@ -82,3 +84,32 @@ def test_split(tmp_path, name, picture, size):
     assert result["masked"].meta["filename_or_obj"] == name
     assert result["case"] == 1
     assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{picture}_reconstruction.png"]
+
+
+@pytest.mark.parametrize(("size", "roi_size"), [((10, 30, 8), (16, 24, 8)), ((18, 25), (16, 24)), ((32, 24), (16, 24))])
+def test_picture_shows_the_scan_without_padding(tmp_path, monkeypatch, size, roi_size):
+    """Padding on both sides, then at the end, through loader, windows and decollation."""
+    scan = torch.rand(1, *size)
+    prepare = Compose([Flip(0), SpatialPad(roi_size), DivisiblePad(roi_size, method="end")])
+    padded = prepare(MetaTensor(scan, meta={"filename_or_obj": "/data/a.nii"}))
+    batch = next(iter(DataLoader([padded], batch_size=1)))
+    output = SlidingWindowInferer(roi_size, overlap=0)(batch, lambda x: torch.cat([x, x + 1, x + 2], 1))
+    output = decollate_batch(output)[0]
+    assert all(n % m == 0 for n, m in zip(output.shape[1:], roi_size, strict=True))
+    expected = scan.flip(1)
+    assert torch.equal(torch.as_tensor(output[:1][(slice(None), *without_padding(output))]), expected)
+    shown = []
+    monkeypatch.setattr(
+        "medmim.reconstruct.reconstruction_figure", lambda columns, *a: shown.append(columns) or real(columns, *a)
+    )
+    result = SplitReconstructiond("pred", str(tmp_path), "/data")({"pred": output})
+    assert result["reconstruction"].shape == (1, *output.shape[1:])  # the file stays on the network's grid
+    for number, volume in enumerate(shown[0].values()):
+        torch.testing.assert_close(torch.as_tensor(volume), torch.as_tensor(expected[0] + number))
+
+
+def test_without_padding_of_an_image_that_was_not_padded():
+    image = MetaTensor(torch.rand(1, 4, 6))
+    assert torch.equal(image[0][without_padding(image)], image[0])
+    flipped_after = Flip(0)(SpatialPad((8, 8))(image))
+    assert without_padding(flipped_after) == (slice(0, 8), slice(0, 8))

@@ -305,9 +305,9 @@ def test_report_is_printed_and_counts(saved, tiny_vit, capsys):
 
 
 def test_network_without_or_with_two_vits_is_refused(tiny_vit):
-    with pytest.raises(ValueError, match="Linear holds 0 ViT encoders, 0 SwinTransformer encoders: expected one"):
+    with pytest.raises(ValueError, match="Linear holds 0 ViT encoders, 0 SwinTransformer encoders, 0 Con"):
         find_encoder(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="ModuleList holds 2 ViT encoders, 0 SwinTransformer encoders: expected one"):
+    with pytest.raises(ValueError, match="ModuleList holds 2 ViT encoders, 0 SwinTransformer encoders, 0 Con"):
         find_encoder(torch.nn.ModuleList([tiny_vit(), tiny_vit()]))
 
 

@@ -194,7 +194,7 @@ def test_no_encoder(refused):
     for content in ({name: torch.ones(3)} for name in ("conv.weight", timms, others)):
         message = refused(vit(), {"state_dict": content})
         assert message.startswith("0 tensors are named …patch_embedding.position_embeddings (ViT) or …layers1.0.")
-        assert message.endswith("(SwinTransformer): give a file that holds a ViT of MONAI")
+        assert message.endswith("…stages.0.0.depthwise.weight (ConvViT): give a file that holds a ViT")
 
 
 @pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2], torch.ones(3), {"model": {"a": 1}}, "weights"])

@@ -1,5 +1,7 @@
 """Losses of the pretext tasks."""
 
+from medmim.losses.alignment import ContrastiveAlignment, PredictiveAlignment
+from medmim.losses.curricula import curriculum_factors
 from medmim.losses.reconstruction import MaskedReconstructionLoss
 
-__all__ = ["MaskedReconstructionLoss"]
+__all__ = ["ContrastiveAlignment", "MaskedReconstructionLoss", "PredictiveAlignment", "curriculum_factors"]

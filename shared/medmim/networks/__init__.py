@@ -1,6 +1,9 @@
 """Pretext networks, decoders and the networks that take a pre-trained encoder."""
 
+from medmim.networks.convvit import ConvViT
+from medmim.networks.convvit_unetr import ConvViTUNETR
 from medmim.networks.feature_extractor import FeatureExtractor
+from medmim.networks.mask_in_mask import MaskInMask
 from medmim.networks.masked_autoencoder import MaskedAutoencoder
 from medmim.networks.patches import patchify, token_ids, unpatchify
 from medmim.networks.positions import sincos_position_embedding
@@ -9,9 +12,11 @@ from medmim.networks.vit import checkpoint_activations
 
 __all__ = [
     "UNETR",
+    "ConvViT",
+    "ConvViTUNETR",
     "FeatureExtractor",
+    "MaskInMask",
     "MaskedAutoencoder",
-    "checkpoint_activations",
     "checkpoint_activations",
     "patchify",
     "sincos_position_embedding",

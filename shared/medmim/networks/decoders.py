@@ -65,12 +65,16 @@ class TransformerDecoder(nn.Module):
 
     def forward(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
         """``(B, N_visible, encoder_size)`` and the token indices give ``(B, N, out_size)`` in raster order."""
+        return self.head(self.features(latent, visible, hidden))
+
+    def features(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+        """What the head predicts from: the normed tokens of the last block, ``(B, N, hidden_size)``."""
         mask_tokens = self.mask_token.expand(*hidden.shape, -1)
         tokens = torch.cat([self.embed(latent), mask_tokens], dim=1)
         tokens = gather_tokens(tokens, _raster_order(visible, hidden)) + self.position_embeddings
         for block in self.blocks:
             tokens = block(tokens)
-        return self.head(self.norm(tokens))
+        return self.norm(tokens)
 
 
 class TokenwiseDecoder(nn.Module):

@@ -8,6 +8,7 @@ from monai.networks.nets import ViT
 from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 
+from medmim.networks.convvit import ConvViT
 from medmim.networks.patches import grid_size
 from medmim.networks.vit import prepare_vit_blocks, vit_patch_size
 
@@ -15,25 +16,38 @@ from medmim.networks.vit import prepare_vit_blocks, vit_patch_size
 class FeatureExtractor(nn.Module):
     """Encoder with one tensor as output: the normed tokens of the last block, laid out on their grid.
 
+    The tokens of a ``ConvViT`` are its latents with nothing hidden, the convolutional stages added.
+
     Args:
-        encoder: MONAI ``ViT`` without class token.
+        encoder: MONAI ``ViT`` without class token, or ``ConvViT`` with ``fusion``. The former can be scripted.
         img_size: voxels along each axis.
 
     Raises:
-        ValueError: when the patch does not divide ``img_size``, or the encoder has a class token.
+        ValueError: when the patch does not divide ``img_size``, or the encoder has a class token or no latents.
     """
 
-    def __init__(self, encoder: ViT, img_size: Sequence[int] | int) -> None:
+    __constants__ = ("has_latents",)  # TorchScript then leaves the other branch out
+
+    def __init__(self, encoder: ViT | ConvViT, img_size: Sequence[int] | int) -> None:
         super().__init__()
-        if encoder.classification:
-            raise ValueError("the encoder must be a ViT with classification=False: there is no class token")
-        patch_size = vit_patch_size(encoder)
+        self.has_latents = isinstance(encoder, ConvViT)
+        if isinstance(encoder, ConvViT):
+            if encoder.fusion is None:
+                raise ValueError("the encoder must be a ConvViT with fusion=True: without there are no latents")
+            self.patch_size, self.feature_size = encoder.token_size, encoder.token_embedding.out_features
+        else:
+            if encoder.classification:
+                raise ValueError("the encoder must be a ViT with classification=False: there is no class token")
+            self.patch_size, self.feature_size = vit_patch_size(encoder), encoder.norm.normalized_shape[0]
+            prepare_vit_blocks(encoder.blocks)
         self.encoder = encoder
-        self.img_size = ensure_tuple_rep(img_size, len(patch_size))
-        self.grid = grid_size(self.img_size, patch_size)
-        prepare_vit_blocks(encoder.blocks)
+        self.img_size = ensure_tuple_rep(img_size, len(self.patch_size))
+        self.grid = grid_size(self.img_size, self.patch_size)
 
     def forward(self, image: Tensor) -> Tensor:
-        """``(B, C, *img_size)`` to ``(B, hidden_size, *grid)``."""
-        tokens = self.encoder(image)[0]
+        """``(B, C, *img_size)`` to ``(B, feature_size, *grid)``."""
+        if self.has_latents:
+            tokens = self.encoder.encode(image)
+        else:
+            tokens = self.encoder(image)[0]
         return tokens.transpose(1, 2).unflatten(2, self.grid)

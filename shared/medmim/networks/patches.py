@@ -30,7 +30,8 @@ def grid_size(spatial_size: Sequence[int], patch_size: Sequence[int]) -> tuple[i
             f"size {tuple(spatial_size)} is not divisible by {tuple(patch_size)}: "
             "change roi_size or patch_size so that each axis divides"
         )
-    return tuple(s // p for s, p in zip(spatial_size, patch_size, strict=True))
+    # sizes are tensors in torch.jit.trace
+    return tuple(int(s) // p for s, p in zip(spatial_size, patch_size, strict=True))
 
 
 def patchify(image: Tensor, patch_size: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ from monai.networks.nets import ViT
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from medmim.networks.convvit_blocks import AttentionBlock, ConvBlock
 from medmim.networks.patches import grid_size
 from medmim.networks.positions import sincos_position_embedding
 
@@ -35,19 +36,20 @@ def prepare_vit_blocks(blocks: nn.ModuleList) -> None:
 
 
 def checkpoint_activations(network: nn.Module) -> None:
-    """Keep a transformer block's input only, and compute the block again in the backward pass: less memory, more time.
+    """Keep a block's input only, and compute the block again in the backward pass: less memory, more time.
 
     The result and the names of the state dict stay the same (Chen et al., "Training Deep Nets with Sublinear Memory
     Cost", 2016).
 
     Raises:
-        ValueError: when the network has no MONAI ``TransformerBlock``.
+        ValueError: when the network has neither MONAI's ``TransformerBlock`` nor blocks of a ``ConvViT``.
     """
-    blocks = [module for module in network.modules() if isinstance(module, TransformerBlock)]
+    kinds = (TransformerBlock, AttentionBlock, ConvBlock)
+    blocks: list[Any] = [module for module in network.modules() if isinstance(module, kinds)]
     if not blocks:
         raise ValueError(f"{type(network).__name__} has no transformer block whose activations could be left out")
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def vit_patch_size(vit: ViT) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from medmim.transforms.grids import FeatureGridd
 from medmim.transforms.masks import RandPatchMaskd, hidden_count
+from medmim.transforms.nested_masks import RandNestedMaskd
 from medmim.transforms.padding import PaddingTokensd
 from medmim.transforms.scans import CheckScand, LoadScand, ScanError
 
@@ -10,6 +11,7 @@ __all__ = [
     "FeatureGridd",
     "LoadScand",
     "PaddingTokensd",
+    "RandNestedMaskd",
     "RandPatchMaskd",
     "ScanError",
     "hidden_count",

@@ -1,0 +1,130 @@
+"""Constants and small functions that several test files use."""
+
+import csv
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
+MAE, UNETR = "mae_vit_pretraining", "unetr_segmentation"
+CONVVIT_UNETR = "convvit_unetr_segmentation"
+MIM = "mim_convvit_pretraining"
+both = pytest.mark.parametrize("bundle", [MAE, UNETR])
+TINY = {  # knobs of a network that trains in seconds
+    "roi_size": [16, 24, 16],
+    "patch_size": 8,
+    "hidden_size": 48,
+    "mlp_dim": 96,
+    "num_layers": 4,
+    "num_heads": 4,
+    "epochs": 2,
+    "warmup_epochs": 0,
+    "batch_size": 2,
+    "crops_per_scan": 2,
+    "val_interval": 1,
+}
+TINY_OF = {
+    MAE: {"decoder_hidden_size": 24, "decoder_num_layers": 1, "decoder_num_heads": 4},
+    UNETR: {"feature_size": 4, "overlap": 0.25},
+    CONVVIT_UNETR: {
+        "roi_size": [32, 32, 16],
+        "embed_dims": [6, 6, 6, 12],
+        "depths": [1, 1, 1, 2],
+        "num_heads": 2,
+        "drop_path_rate": 0.0,
+        "crops_per_scan": 1,
+        "overlap": 0.25,
+    },
+    MIM: {
+        "roi_size": [32, 32, 32],
+        "crop_size": [32, 32, 32],
+        "patch_size": 16,
+        "levels::1::samples": 2,
+        "levels::2::samples": 1,
+        "embed_dims": [6, 6, 12, 12],
+        "depths": [1, 1, 1, 1],
+        "num_heads": 2,
+        "decoder_hidden_size": 12,
+        "decoder_num_layers": 1,
+        "decoder_num_heads": 2,
+        "crops_per_scan": 1,
+    },
+}
+
+
+FILES = {  # that travel
+    MAE: ["encoder.pt", "model.pt", "model.json"],
+    UNETR: ["model.pt", "model.json"],
+    CONVVIT_UNETR: ["model.pt", "model.json"],
+    MIM: ["encoder.pt", "model.pt", "model.json"],
+}
+
+
+def of_knobs(knobs: dict) -> str:
+    """Name of a test case."""
+    return ",".join(f"{name}={value}" for name, value in knobs.items())
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def tensorboard_names(folder: Path, kind: str = "scalars") -> set[str]:
+    """Names of the scalars (or ``images``) that all the event files of a folder hold."""
+    names: set[str] = set()
+    for path in folder.glob("events*"):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        names |= set(events.Tags()[kind])
+    return names
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def spoil(path: Path, how: str) -> None:
+    """Damage a file."""
+    content = path.read_bytes()
+    if how == "garbage":
+        path.write_bytes(b"this is not a scan" * 100)
+    elif how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+
+
+def change_image(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Write a NIfTI file again, with other voxels."""
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(change(np.asarray(image.dataobj).astype(np.float32)), image.affine), path)
+
+
+def models_of(bundle: str, pretrained: Path, finetuned: Path) -> Path:
+    """Folder of the models that a bundle's training has written."""
+    return {MAE: pretrained, UNETR: finetuned}[bundle] / "models"
+
+
+def assert_same_end(bundle: str, first: Path, second: Path) -> None:
+    """Two trainings, each in a folder with ``output`` and ``models``, have ended alike, to the bit."""
+    hashes = [{name: sha256(folder / "models" / name) for name in FILES[bundle]} for folder in (first, second)]
+    print(f"{bundle}: {hashes[0]} {hashes[1]}")
+    assert hashes[0] == hashes[1]
+    one, other = (torch.load(f / "output" / "checkpoint.pt", weights_only=True) for f in (first, second))
+    for name in ("network", "optimizer"):
+        torch.testing.assert_close(other[name], one[name], rtol=0, atol=0)
+    for name in ("lr_scheduler", "best", "epoch", "made_with", "run_with"):
+        assert other[name] == one[name]
+    scalars = [rows(folder / "output" / "scalars.csv") for folder in (first, second)]
+    assert len(scalars[0]) == one["epoch"]
+    for before, after in zip(*scalars, strict=True):
+        assert before | {"seconds": ""} == after | {"seconds": ""}
