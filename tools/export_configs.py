@@ -163,7 +163,7 @@ def train_config(config: Config, description: Description | None, bundle: str) -
         return config
     network, preset = description["network"], read_preset(description)
     knobs = {"roi_size" if key == "img_size" else key: value for key, value in network["arguments"].items()}
-    config |= {key: value for key, value in knobs.items() if key in config}
+    config |= {key: value for key, value in knobs.items() if key in config and not isinstance(config[key], dict)}
     config["dataset"] = preset.name if is_known(preset) else f"$@bundle_root + '/{preset_file(preset)}'"
 
     asked: dict[str, list[Any]] = {}

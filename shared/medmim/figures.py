@@ -198,7 +198,7 @@ def curves_figure(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]
             axis.plot(x, y, marker="." if len(points) < 40 else "", label=label)
         axis.set_title(name, fontsize=9)
         axis.set_xlabel(xlabel, fontsize=9)
-        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         axis.grid(alpha=0.3)
         if len(lines) > 1 or next(iter(lines), ""):
             axis.legend(fontsize=8)

@@ -191,8 +191,8 @@ class LearningCurve:
     """Write the scalars of a training as ``scalars.csv`` and ``curves.png``, brought up to date after each epoch.
 
     Stands after the validation handler, so that an epoch's row holds its validation. The learning rate is put into
-    the trainer's state too, for TensorBoard. Each scalar of the trainer's output is recorded as ``train_<name>``, the mean
-    over the epoch and all processes; rank 0 writes.
+    the trainer's state too, for TensorBoard. Each scalar of the trainer's output is recorded as ``train_<name>``, the
+    mean over the epoch and all processes; rank 0 writes.
 
     Args:
         output_dir: where the two files go.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -65,7 +66,13 @@ def parameter_groups(
 
 
 def freeze_encoder(network: nn.Module) -> nn.Module:
-    """Stop the encoder from learning (linear-probe style); returns the encoder."""
+    """Stop the encoder from learning (linear-probe style); returns the encoder.
+
+    What pre-training does not give, such as a ConvViT's fifth stage, goes on learning.
+    """
     encoder = find_encoder(network)
-    encoder.requires_grad_(False)
+    kind: Any = kind_of(encoder)
+    for name, parameter in encoder.named_parameters():
+        if not re.search(kind.new, name):
+            parameter.requires_grad_(False)
     return encoder

@@ -125,8 +125,8 @@ def load_encoder(
     """Load pre-trained weights into the encoder of a network; nothing is skipped silently.
 
     Position embeddings are resized (linearly) to another grid. A stem for one channel is repeated and divided by the
-    number of channels; one for several channels is summed for a single-channel network. What a dense ConvViT has beyond a
-    pre-trained one (fifth stage, layer scale, relative position bias) is new; the latter two start without effect.
+    number of channels; one for several channels is summed for a single-channel network. What a dense ConvViT has beyond
+    a pre-trained one (fifth stage, layer scale, relative position bias) is new; the latter two start without effect.
 
     Args:
         network: holds one MONAI ``ViT`` or ``SwinTransformer``, or one ``ConvViT``: the encoder itself, MONAI's

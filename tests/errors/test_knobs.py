@@ -85,8 +85,8 @@ def test_switches_that_are_words(ends: Callable, bundle: str) -> None:
 def test_every_knob_is_wrong(ends: Callable, bundle: str) -> None:
     """All are said together, each knob in one line."""
     whole = ["epochs", "batch_size", "crops_per_scan", "accumulation_steps", "val_interval", "checkpoint_interval"]
-    whole += ["hidden_size", "mlp_dim", "num_layers", "num_heads", "folds", "fold"]
-    whole += {MAE: ["decoder_hidden_size", "preview_interval"], UNETR: ["feature_size", "sw_batch_size", "preview_interval"]}[bundle]
+    whole += ["hidden_size", "mlp_dim", "num_layers", "num_heads", "folds", "fold", "preview_interval"]
+    whole += {MAE: ["decoder_hidden_size"], UNETR: ["feature_size", "sw_batch_size"]}[bundle]
     numbers = ["learning_rate", "weight_decay", "cache_rate", "num_workers"]
     numbers += {MAE: ["mask_ratio", "flip_prob"], UNETR: ["overlap", "layer_decay", "label_fraction"]}[bundle]
     choices = ["amp_dtype", "cache"] + (["decoder", "loss_norm", "loss_region"] if bundle == MAE else [])

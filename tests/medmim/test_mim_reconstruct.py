@@ -34,7 +34,7 @@ def inner(volume):
 
 
 def test_volumes_lie_where_their_affine_says(tmp_path):
-    """An image that holds its own coordinates: resizing keeps them linear, so each file must hold those of its voxels."""
+    """An image of its own coordinates: resizing keeps them linear, so each file must hold those of its voxels."""
     levels = [
         {"crop_size": 32, "img_size": 16, "mask_unit": 8, "mask_ratio": 0.5},
         {"img_size": 16, "mask_unit": 8, "mask_ratio": 0.5, "samples": 3},

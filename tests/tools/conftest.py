@@ -19,9 +19,12 @@ from tools.export import export
 VIT = {"in_channels": 1, "spatial_dims": 3, "hidden_size": 48, "mlp_dim": 96, "num_heads": 4}
 SMALL = {"img_size": [16, 24, 16], "patch_size": [8, 8, 8], "num_layers": 4}  # needs our UNETR
 DEEP = {"img_size": [32, 48, 32], "patch_size": [16, 16, 16], "num_layers": 12}  # MONAI's does
+CONVVIT = {"encoder": "ConvViT", "embed_dims": [6, 6, 12, 12], "depths": [1, 1, 1, 1], "num_heads": 2}
+CONVVIT |= {"fifth_stage": False}
 NETWORKS = {
     "mae_vit_pretraining": ("FeatureExtractor", VIT),
     "unetr_segmentation": ("UNETR", VIT | {"feature_size": 4}),
+    "mim_convvit_pretraining": ("FeatureExtractor", CONVVIT),
 }
 Weights = Callable[..., Path]
 Exported = Callable[..., Path]

@@ -18,12 +18,12 @@ from monai.bundle import ConfigParser, ConfigWorkflow, download, load
 
 import tools.export
 from medmim import package
-from medmim.networks import UNETR, FeatureExtractor
+from medmim.networks import UNETR, ConvViT, FeatureExtractor
 from medmim.version import __version__
 from tools.export import export
 from tools.export_configs import check_texts, stock_arguments, without_infinity
 
-MAE, SEGMENTATION = "mae_vit_pretraining", "unetr_segmentation"
+MAE, SEGMENTATION, MIM = "mae_vit_pretraining", "unetr_segmentation", "mim_convvit_pretraining"
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"img_size": [16, 24, 16], "patch_size": [8, 8, 8], "num_layers": 4}  # needs our UNETR
 DEEP = {"img_size": [32, 48, 32], "patch_size": [16, 16, 16], "num_layers": 12}  # MONAI's does
@@ -223,6 +223,20 @@ def test_load(bundle, sizes, network_class, workflow, weights, exported, tmp_pat
     stock = monai.networks.nets.UNETR if workflow == "inference" else UNETR  # training takes ours where it can
     assert type(network) is (network_class or stock)
     assert has_weights(network, state(folder))
+
+
+def test_feature_extractor_around_a_convvit(weights, exported, tmp_path, monkeypatch) -> None:
+    folder = exported(MIM, weights=str(weights(MIM, {"img_size": [32, 64, 32]})))
+    pred = read(folder, "metadata.json")["network_data_format"]["outputs"]["pred"]
+    assert (pred["num_channels"], pred["spatial_shape"]) == (12, [2, 4, 2])
+    inference = read(folder, "inference.json")
+    assert (inference["roi_size"], inference["patch_size"]) == ([32, 64, 32], 16)
+    monkeypatch.chdir(tmp_path)
+    for workflow in ("train", "inference"):
+        network = load(MIM, bundle_dir=str(folder.parent), workflow_type=workflow)
+        assert (type(network), type(network.encoder)) == (FeatureExtractor, ConvViT)
+        assert has_weights(network, state(folder))
+    assert read(exported(MIM), "train.json")["embed_dims"] == [48, 96, 192, 384]
 
 
 @pytest.mark.parametrize("workflow", ["train", "inference"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from monai.networks.nets import ViT
 from monai.utils import ensure_tuple_rep
@@ -40,14 +41,11 @@ class FeatureExtractor(nn.Module):
                 raise ValueError("the encoder must be a ViT with classification=False: there is no class token")
             self.patch_size, self.feature_size = vit_patch_size(encoder), encoder.norm.normalized_shape[0]
             prepare_vit_blocks(encoder.blocks)
-        self.encoder = encoder
+        self.encoder: Any = encoder
         self.img_size = ensure_tuple_rep(img_size, len(self.patch_size))
         self.grid = grid_size(self.img_size, self.patch_size)
 
     def forward(self, image: Tensor) -> Tensor:
         """``(B, C, *img_size)`` to ``(B, feature_size, *grid)``."""
-        if self.has_latents:
-            tokens = self.encoder.encode(image)
-        else:
-            tokens = self.encoder(image)[0]
+        tokens = self.encoder.encode(image) if self.has_latents else self.encoder(image)[0]
         return tokens.transpose(1, 2).unflatten(2, self.grid)
