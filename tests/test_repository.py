@@ -56,5 +56,6 @@ def test_shared_knobs_are_explained_alike() -> None:
     for path in (ROOT / "bundles").glob("*/configs/train.yaml"):
         for name, comment in re.findall(r"^(\w+): .*?  # (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE):
             explanations.setdefault(name, set()).add(comment)
-    own = {"datalist", "dataset_dir", "learning_rate", "models_dir", "output_dir", "patch_size"}  # in other words
+    own = {"crops_per_scan", "datalist", "dataset_dir", "learning_rate", "models_dir", "output_dir", "patch_size"}
+    own |= {"compile", "roi_size"}  # in other words
     assert {name: found for name, found in explanations.items() if len(found) > 1 and name not in own} == {}

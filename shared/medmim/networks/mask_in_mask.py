@@ -8,10 +8,12 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+from monai.networks.blocks import TransformerBlock
 from monai.networks.nets import ViT
 from torch import Tensor, nn
 
 from medmim.losses.alignment import build_alignment
+from medmim.networks.convvit_blocks import AttentionBlock
 from medmim.networks.nested_levels import Level, nested_levels
 from medmim.networks.patches import gather_tokens, patchify, token_ids
 from medmim.networks.sub_volumes import cut_sub_volumes, pool_regions, resize_sub_volumes
@@ -146,8 +148,13 @@ class MaskInMask(nn.Module):
         return reconstruction + [f"alignment_{pair}" for pair in self.alignment]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """``torch.compile`` what passes sub-volumes through encoder and decoder; the loop over the shares stays."""
-        self._features = torch.compile(self._features, *args, **kwargs)  # type: ignore[method-assign]
+        """``torch.compile`` each transformer block of encoder and decoder.
+
+        Equal blocks share what was compiled, so this takes seconds where the whole network takes many minutes.
+        """
+        for module in self.modules():
+            if isinstance(module, TransformerBlock | AttentionBlock):
+                module.compile(*args, **kwargs)
 
     def forward(self, data: Mapping[str, Tensor] | SubVolumes) -> Any:
         """Loss of a whole batch; or of one share, for :meth:`shares`.
