@@ -75,11 +75,7 @@ class TrainingStep:
         The output is a list of one, as decollating leaves it: MONAI's handlers that log a loss expect that.
         """
         inputs, targets, args, kwargs = self._prepare(engine, batchdata)
-        first, size, last = self._place(engine)
-        network: Any = engine.network
-        network.train()
-        if first:
-            engine.optimizer.zero_grad(set_to_none=engine.optim_set_to_none)
+        network, size, last = self._begin(engine)
         waits = not last and isinstance(network, nn.parallel.DistributedDataParallel)
         with network.no_sync() if waits else nullcontext():
             with torch.autocast(self.device_type, self.dtype, enabled=self.amp):
@@ -89,12 +85,7 @@ class TrainingStep:
             engine.state.output = {CommonKeys.LOSS: loss.detach()}
             engine.fire_event(IterationEvents.LOSS_COMPLETED)
             self.scaler.scale(loss / size).backward()
-        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
-        if last:
-            self.scaler.step(engine.optimizer)
-            self.scaler.update()
-        engine.fire_event(IterationEvents.MODEL_COMPLETED)
-        return [engine.state.output]
+        return self._finish(engine, last)
 
     def _prepare(self, engine: SupervisedTrainer, batchdata: Any) -> tuple[Tensor, Any, tuple, dict[str, Any]]:
         prepared = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)
@@ -102,6 +93,24 @@ class TrainingStep:
         args, kwargs = rest or ((), {})
         # metadata costs time in each operation, and torch.compile cannot see through it
         return as_plain_tensor(inputs), as_plain_tensor(targets), args, kwargs
+
+    def _begin(self, engine: SupervisedTrainer) -> tuple[Any, int, bool]:
+        """The network, ready to learn; batches in this optimiser step; whether this batch is its last."""
+        first, size, last = self._place(engine)
+        network: Any = engine.network
+        network.train()
+        if first:
+            engine.optimizer.zero_grad(set_to_none=engine.optim_set_to_none)
+        return network, size, last
+
+    def _finish(self, engine: SupervisedTrainer, last: bool) -> list[dict[str, Tensor]]:
+        """Step after the last batch, and the iteration's output."""
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        if last:
+            self.scaler.step(engine.optimizer)
+            self.scaler.update()
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return [engine.state.output]
 
     def _place(self, engine: SupervisedTrainer) -> tuple[bool, int, bool]:
         """Of this batch among those of its optimiser step: whether it is the first, how many there are, the last."""

@@ -48,11 +48,7 @@ class MaskInMaskStep(TrainingStep):
     def __call__(self, engine: SupervisedTrainer, batchdata: Any) -> list[dict[str, Tensor]]:
         """One iteration; fires MONAI's ``IterationEvents``, those of the forward pass with the last share."""
         batch: Any = self._prepare(engine, batchdata)[0]
-        first, size, last = self._place(engine)
-        network: Any = engine.network
-        network.train()
-        if first:
-            engine.optimizer.zero_grad(set_to_none=engine.optim_set_to_none)
+        network, size, last = self._begin(engine)
         distributed = isinstance(network, nn.parallel.DistributedDataParallel)
         pretext: MaskInMask = network.module if distributed else network
         weights = self._level_weights(engine, pretext)
@@ -70,12 +66,7 @@ class MaskInMaskStep(TrainingStep):
                     engine.fire_event(IterationEvents.FORWARD_COMPLETED)
                     engine.fire_event(IterationEvents.LOSS_COMPLETED)
                 self.scaler.scale(loss / size).backward()
-        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
-        if last:
-            self.scaler.step(engine.optimizer)
-            self.scaler.update()
-        engine.fire_event(IterationEvents.MODEL_COMPLETED)
-        return [engine.state.output]
+        return self._finish(engine, last)
 
     def _level_weights(self, engine: SupervisedTrainer, pretext: MaskInMask) -> list[float]:
         state: Any = engine.state

@@ -17,7 +17,7 @@ from medmim.networks.convvit_blocks import AttentionBlock
 from medmim.networks.nested_levels import Level, nested_levels
 from medmim.networks.patches import gather_tokens, patchify, token_ids
 from medmim.networks.sub_volumes import cut_sub_volumes, pool_regions, resize_sub_volumes
-from medmim.networks.vit import embed_patches, prepare_vit_blocks, set_position_embedding
+from medmim.networks.vit import encode_patches, prepare_vit_blocks, set_position_embedding
 
 if TYPE_CHECKING:
     from medmim.losses import MaskedReconstructionLoss
@@ -244,7 +244,7 @@ class MaskInMask(nn.Module):
     def _features(self, image: Tensor, mask: Tensor) -> Tensor:
         visible, hidden = (ids.to(image.device, non_blocking=True) for ids in token_ids(mask))
         if isinstance(self.encoder, ViT):
-            latent = _encode_patches(self.encoder, gather_tokens(patchify(image, self.patch_size), visible), visible)
+            latent = encode_patches(self.encoder, gather_tokens(patchify(image, self.patch_size), visible), visible)
         else:
             latent = self.encoder(image, mask)
         return self.decoder.features(latent, visible, hidden)
@@ -380,12 +380,3 @@ def _weights(name: str, values: Sequence[float] | None, n: int, default: float) 
     if len(weights) != n or not all(weight >= 0 for weight in weights):
         raise ValueError(f"{name} must be {n} numbers of 0 or more, found {list(weights)}")
     return weights
-
-
-def _encode_patches(vit: ViT, patches: Tensor, ids: Tensor) -> Tensor:
-    """Latents of the patches ``(M, n, voxels * C)`` that stand at ``ids`` ``(M, n)``."""
-    positions = vit.patch_embedding.position_embeddings.expand(len(ids), -1, -1)
-    tokens = embed_patches(vit, patches) + gather_tokens(positions, ids)
-    for block in vit.blocks:
-        tokens = block(tokens)
-    return vit.norm(tokens)

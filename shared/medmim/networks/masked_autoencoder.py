@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from medmim.networks.decoders import build_decoder
 from medmim.networks.patches import gather_tokens, grid_size, patchify, token_ids
-from medmim.networks.vit import embed_patches, prepare_vit_blocks, set_position_embedding, vit_channels, vit_patch_size
+from medmim.networks.vit import encode_patches, prepare_vit_blocks, set_position_embedding, vit_channels, vit_patch_size
 
 
 class MaskedAutoencoder(nn.Module):
@@ -63,14 +63,6 @@ class MaskedAutoencoder(nn.Module):
             position_embedding=position_embedding,
         )
 
-    def encode(self, patches: Tensor, ids: Tensor) -> Tensor:
-        """Latents ``(B, M, hidden_size)`` of the patches ``(B, M, voxels * C)`` that stand at ``ids`` ``(B, M)``."""
-        positions = self.encoder.patch_embedding.position_embeddings.expand(len(ids), -1, -1)
-        tokens = embed_patches(self.encoder, patches) + gather_tokens(positions, ids)
-        for block in self.encoder.blocks:
-            tokens = block(tokens)
-        return self.encoder.norm(tokens)
-
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
         """Predict every patch of an image from its visible ones.
 
@@ -92,5 +84,5 @@ class MaskedAutoencoder(nn.Module):
         # ids are moved after counting, so that a mask on the host needs no waiting for the device
         visible, hidden = (ids.to(image.device, non_blocking=True) for ids in token_ids(mask))
         patches = gather_tokens(patchify(image, self.patch_size), visible)
-        latent = self.encode(patches, visible)
+        latent = encode_patches(self.encoder, patches, visible)
         return self.decoder(latent, visible, hidden)

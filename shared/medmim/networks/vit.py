@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medmim.networks.convvit_blocks import AttentionBlock, ConvBlock
-from medmim.networks.patches import grid_size
+from medmim.networks.patches import gather_tokens, grid_size
 from medmim.networks.positions import sincos_position_embedding
 
 
@@ -111,3 +111,21 @@ def embed_patches(vit: ViT, patches: Tensor) -> Tensor:
     stem = _stem(vit)
     weight = stem.weight.movedim(1, -1).flatten(1)
     return nn.functional.linear(patches, weight, stem.bias)
+
+
+def encode_patches(vit: ViT, patches: Tensor, ids: Tensor) -> Tensor:
+    """Latents of some patches of an image, as if the others were not there: embedding, positions, blocks, norm.
+
+    Args:
+        vit: a stock MONAI ViT with a convolutional patch embedding.
+        patches: ``(B, M, prod(patch_size) * C)``, channel last.
+        ids: ``(B, M)``, where they stand in the grid, in raster order.
+
+    Returns:
+        ``(B, M, hidden_size)``.
+    """
+    positions = vit.patch_embedding.position_embeddings.expand(len(ids), -1, -1)
+    tokens = embed_patches(vit, patches) + gather_tokens(positions, ids)
+    for block in vit.blocks:
+        tokens = block(tokens)
+    return vit.norm(tokens)
