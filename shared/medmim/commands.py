@@ -6,6 +6,7 @@ other modules, which raise ``ValueError``.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import re
@@ -156,8 +157,17 @@ def start_processes(device: torch.device, timeout: Any) -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout))
+    # Python lets go of the group last, and without its lock: DistributedDataParallel would hold the lock while it waits
+    # for the end of gloo's threads, which may wait for the lock (pytorch/pytorch#56297)
+    atexit.register([torch.distributed.group.WORLD].clear)
     if idist.get_rank() > 0:
         logging.getLogger().setLevel(logging.WARNING)
+
+
+def end_processes() -> None:
+    """Part from the other processes, as the last thing in a run that went well."""
+    torch.distributed.barrier()  # meanwhile gloo's threads forget their tensors, for which they need Python's lock
+    torch.distributed.destroy_process_group()
 
 
 def write_phantom(folder: str, n_cases: int) -> None:

@@ -17,7 +17,12 @@ from monai.bundle import ConfigWorkflow
 from tests.common import BUNDLES, FILES, MAE, TINY, TINY_OF, UNETR, assert_same_end, both, rows
 
 Run = Callable[..., ConfigWorkflow]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONFAULTHANDLER": "1",
+}
 # no scan is padded at this size, so that each has the same number of tokens to predict; AdamW enlarges rounding errors
 # of gradients that are almost zero, so the steps are small
 KNOBS = {"epochs": 3, "checkpoint_interval": 1, "learning_rate": 0.0003, "num_workers": 0, "crops_per_scan": 1}
@@ -47,7 +52,13 @@ def start(phantom_dir: Path, coarse_preset: Path) -> Callable[..., subprocess.Po
 
 
 def finish(process: subprocess.Popen, code: int | None = 0) -> str:
-    output, _ = process.communicate(timeout=300)
+    try:
+        output, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        for worker in psutil.Process(process.pid).children(recursive=True):
+            worker.send_signal(signal.SIGABRT)  # faulthandler prints where it hangs
+        process.kill()
+        pytest.fail(f"hangs:\n{process.communicate()[0]}")
     assert code is None or process.returncode == code, output
     return output
 
