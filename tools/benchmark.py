@@ -1,172 +1,50 @@
-"""Training step of our MAE beside MONAI's ``MaskedAutoEncoderViT``."""
+"""Seconds and memory of the training steps, on this machine."""
 
 from __future__ import annotations
 
-import json
-import platform
-import resource
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-from monai.networks.nets import MaskedAutoEncoderViT, ViT
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from medmim.losses import MaskedReconstructionLoss
-from medmim.networks import MaskedAutoencoder
-from medmim.transforms import RandPatchMaskd
-
-ENCODER: dict[str, Any] = {"hidden_size": 768, "mlp_dim": 3072, "num_layers": 12, "num_heads": 12}  # ViT-B
-DECODER: dict[str, Any] = {"decoder_hidden_size": 384, "decoder_num_layers": 8, "decoder_num_heads": 12}
-PATCH = (16, 16, 16)
-Step = Callable[[], float]
+from tools.benchmark_mae import benchmark_mae
+from tools.benchmark_mim import benchmark_mim
 
 
 def benchmark(
-    mask_ratios: tuple[float, ...] = (0.5, 0.75, 0.9),
-    batch_size: int = 2,
-    size: int = 96,
-    repeats: int = 10,
+    pretext: str = "mae",
+    mask_ratios: Sequence[float] | float | None = None,
+    batch_size: int | None = None,
+    size: int | None = None,
+    repeats: int | None = None,
     dtype: str = "float32",
     compile: bool = False,
+    chunk_size: int = 4,
 ) -> None:
-    """Time one training step (mask, forward, loss, backward, optimiser) of both networks, alternating.
+    """Time training steps; peak memory is that of a process that runs nothing else.
 
+    mae: one step (mask, forward, loss, backward, optimiser) of ours beside MONAI's ``MaskedAutoEncoderViT``, in turns.
     Same encoder (ViT-B), decoder (384 × 8), image, mask ratio and loss. Once with the same plain AdamW on both sides,
-    once with each side's own recipe (ours: fused AdamW). Peak memory is that of a process that runs one side only.
+    once with each side's own recipe (ours: fused AdamW). By default 50, 75 and 90 % hidden, two crops of 96³ voxels,
+    ten steps.
+
+    mim: one step of ``MaskInMask`` with ConvViT base, level by level, and its encoder alone at each mask ratio. By
+    default one volume of 192³ voxels, five steps, and 25, 50, 75 and 90 % hidden.
 
     Args:
+        pretext: mae or mim.
         mask_ratios: shares of hidden tokens.
         batch_size: images in a step.
-        size: voxels along each axis.
-        repeats: timed steps of each side, after three for warming up.
+        size: voxels along each axis of an image (mim: of what level 1 sees, a multiple of 64).
+        repeats: timed steps, after some for warming up.
         dtype: float32, or bfloat16 (autocast; MONAI's network runs in float32 where it fails under autocast).
         compile: compile our network with ``torch.compile``.
+        chunk_size: of mim, sub-volumes that pass the network at a time.
     """
-    ratios = tuple(mask_ratios) if isinstance(mask_ratios, tuple | list) else (mask_ratios,)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"{machine(device)}, torch {torch.__version__}, {dtype}, batch {batch_size}, {size}³ voxels, patch 16\n")
-    print("hidden  AdamW       MONAI         ours   ratio    MONAI GiB  ours GiB")
-    # first of all, because on Linux the peak of a child process counts what its parent held when it was started
-    peaks = {
-        (side, ratio): peak_memory(side, ratio, batch_size, size, dtype, compile)
-        for ratio in ratios
-        for side in ("monai", "ours")
-    }
-    bar = tqdm(total=len(ratios) * 2 * (repeats + 3), disable=None, leave=False)
-    for ratio in ratios:
-        for recipe in ("plain", "own"):
-            steps = {
-                side: training_step(side, ratio, batch_size, size, dtype, recipe, device, compile)
-                for side in ("monai", "ours")
-            }
-            seconds: dict[str, list[float]] = {"monai": [], "ours": []}
-            for repeat in range(repeats + 3):
-                for side, step in steps.items():
-                    took = step()
-                    if repeat >= 3:
-                        seconds[side].append(took)
-                bar.update()
-            median = {side: statistics.median(values) for side, values in seconds.items()}
-            bar.clear()
-            print(
-                f"{ratio:5.0%}   {recipe:6s} {median['monai']:9.4f} s {median['ours']:10.4f} s "
-                f"{median['monai'] / median['ours']:6.2f}× {peaks['monai', ratio]:10.2f} {peaks['ours', ratio]:9.2f}",
-                flush=True,
-            )
-    bar.close()
-
-
-def training_step(
-    side: str, ratio: float, batch_size: int, size: int, dtype: str, recipe: str, device: str, compile: bool = False
-) -> Step:
-    """A function that runs one training step and returns its seconds."""
-    torch.manual_seed(0)
-    image = torch.rand(batch_size, 1, size, size, size, device=device)
-    loss_function = MaskedReconstructionLoss(PATCH)
-    network: Any
-    if side == "ours":
-        vit = ViT(in_channels=1, img_size=size, patch_size=PATCH, **ENCODER)
-        network = MaskedAutoencoder(vit, size, **DECODER).to(device)
-        draw = RandPatchMaskd("image", PATCH, ratio)
+    if pretext not in ("mae", "mim"):
+        raise SystemExit(f"error: pretext {pretext!r}: expected mae or mim")
+    if dtype not in ("float32", "bfloat16"):
+        raise SystemExit(f"error: --dtype {dtype}: expected float32 or bfloat16")
+    given = tuple(mask_ratios) if isinstance(mask_ratios, tuple | list) else (mask_ratios,) if mask_ratios else ()
+    if pretext == "mae":
+        benchmark_mae(given or (0.5, 0.75, 0.9), batch_size or 2, size or 96, repeats or 10, dtype, compile)
     else:
-        sizes: dict[str, Any] = {**ENCODER, **DECODER, "decoder_mlp_dim": 4 * DECODER["decoder_hidden_size"]}
-        network = MaskedAutoEncoderViT(1, size, PATCH, masking_ratio=ratio, **sizes).to(device)
-    network.train()
-    fused = True if recipe == "own" and side == "ours" else None
-    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4, fused=fused)
-    called = torch.compile(network) if compile and side == "ours" else network
-
-    def forward() -> Tensor:
-        if side == "ours":
-            mask = torch.stack([draw({"image": x})["mask"] for x in image]).to(device)
-            return loss_function(called(image, mask), image, mask)
-        prediction, mask = called(image)
-        return loss_function(prediction, image, mask.bool())
-
-    autocast = dtype == "bfloat16" and (side == "ours" or runs_under_autocast(network, image))
-
-    def step() -> float:
-        synchronize(device)
-        started = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
-            loss = forward()
-        loss.backward()
-        optimizer.step()
-        synchronize(device)
-        return time.perf_counter() - started
-
-    return step
-
-
-def runs_under_autocast(network: nn.Module, image: Tensor) -> bool:
-    """Whether a network can be called under bf16 autocast."""
-    try:
-        with torch.no_grad(), torch.autocast(image.device.type, dtype=torch.bfloat16):
-            network(image)
-    except RuntimeError:
-        return False
-    return True
-
-
-def synchronize(device: str) -> None:
-    """Wait for a GPU."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_memory(side: str, ratio: float, batch_size: int, size: int, dtype: str, compile: bool) -> float:
-    """GiB that three steps of one side take at most, own recipe, in a process of its own."""
-    arguments = json.dumps([side, ratio, batch_size, size, dtype, compile])
-    code = f"import json; from tools.benchmark import _print_peak; _print_peak(*json.loads('{arguments}'))"
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    return float(result.stdout.split()[-1])
-
-
-def _print_peak(side: str, ratio: float, batch_size: int, size: int, dtype: str, compile: bool) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    step = training_step(side, ratio, batch_size, size, dtype, "own", device, compile)
-    for _ in range(3):
-        step()
-    if device == "cuda":
-        print(torch.cuda.max_memory_allocated() / 2**30)
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-
-
-def machine(device: str) -> str:
-    """Name of the processor that the figures are for."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        ratios = given or (0.25, 0.5, 0.75, 0.9)
+        benchmark_mim(ratios, batch_size or 1, size or 192, repeats or 5, dtype, compile, chunk_size)
