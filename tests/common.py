@@ -16,6 +16,8 @@ MAE, UNETR = "mae_vit_pretraining", "unetr_segmentation"
 CONVVIT_UNETR = "convvit_unetr_segmentation"
 MIM = "mim_convvit_pretraining"
 both = pytest.mark.parametrize("bundle", [MAE, UNETR])
+slow_ones = [pytest.param(name, marks=pytest.mark.slow) for name in (MIM, CONVVIT_UNETR)]
+every = pytest.mark.parametrize("bundle", [MAE, UNETR, *slow_ones])
 TINY = {  # knobs of a network that trains in seconds
     "roi_size": [16, 24, 16],
     "patch_size": 8,

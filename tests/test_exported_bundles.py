@@ -18,21 +18,26 @@ import numpy as np
 import pytest
 
 from medmim.version import __version__
+from tests.common import CONVVIT_UNETR, MAE, MIM, UNETR
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
-MAE, SEGMENTATION = "mae_vit_pretraining", "unetr_segmentation"
 ONNX = ("onnx==1.23.2", "onnxscript==0.7.2")  # what onnx_export needs beside torch
-SMALL = {"phantom_cases": 5, "epochs": 2, "warmup_epochs": 1, "hidden_size": 48, "mlp_dim": 96, "num_heads": 4}
-SMALL |= {"crops_per_scan": 1, "batch_size": 2, "roi_size": "[48,48,32]"}
+SMALL = {"phantom_cases": 5, "epochs": 2, "warmup_epochs": 1, "crops_per_scan": 1, "batch_size": 2}
+SMALL |= {"roi_size": "[48,48,32]"}
+VIT = {"hidden_size": 48, "mlp_dim": 96, "num_heads": 4}
+CONVVIT = {"embed_dims": "[6,6,12,12]", "depths": "[1,1,1,2]", "num_heads": 2}
+SCORED = {"overlap": 0.0, "label_fraction": 1.0}
+LEVELS = {"roi_size": "[32,32,32]", "crop_size": "[32,32,32]", "levels::1::samples": 1, "levels::2::samples": 1}
 KNOBS: dict[str, dict[str, Any]] = {
-    MAE: SMALL | {"decoder_hidden_size": 24, "decoder_num_layers": 1},
+    MAE: SMALL | VIT | {"decoder_hidden_size": 24, "decoder_num_layers": 1},
     # patch 16 and 12 blocks: MONAI's UNETR serves
-    SEGMENTATION: SMALL
-    | {"feature_size": 4, "overlap": 0.0, "label_fraction": 1.0, "patch_size": 16, "num_layers": 12},
+    UNETR: SMALL | VIT | SCORED | {"feature_size": 4, "patch_size": 16, "num_layers": 12},
+    MIM: SMALL | CONVVIT | LEVELS | {"decoder_hidden_size": 12, "decoder_num_layers": 1, "decoder_num_heads": 2},
+    CONVVIT_UNETR: SMALL | CONVVIT | SCORED,
 }
-both = pytest.mark.parametrize("bundle", [MAE, SEGMENTATION])
+each = pytest.mark.parametrize("bundle", list(KNOBS))
 
 
 def options(**knobs: Any) -> list[str]:
@@ -113,7 +118,7 @@ def unzipped(zips: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
     return unzip
 
 
-@both
+@each
 def test_train_evaluate_infer(bundle: str, python: str, unzipped: Callable[..., Path], tmp_path: Path) -> None:
     mine, shipped = unzipped(bundle, "mine"), unzipped(bundle, "as shipped")
     run = [python, "-m", "monai.bundle", "run"]
@@ -124,7 +129,7 @@ def test_train_evaluate_infer(bundle: str, python: str, unzipped: Callable[..., 
     call([*run, *configs(mine, *demo, "evaluate.yaml"), *options(**KNOBS[bundle])])
 
     data = mine / "output" / "phantom"
-    if bundle == SEGMENTATION:
+    if bundle in (UNETR, CONVVIT_UNETR):
         assert (mine / "output" / "scores.csv").stat().st_size > 0
         # train.json has the knobs of the weights as defaults
         call([*run, *configs(shipped, "train.json", "evaluate.yaml"), *options(dataset_dir=data, num_workers=0)])
@@ -137,7 +142,7 @@ def test_train_evaluate_infer(bundle: str, python: str, unzipped: Callable[..., 
         assert all(np.isfinite(np.asarray(nib.load(path).dataobj)).all() for path in written)
 
 
-@both
+@each
 def test_two_processes(bundle: str, python: str, unzipped: Callable[..., Path]) -> None:
     folder = unzipped(bundle)
     before = (folder / "models" / "model.pt").read_bytes()
@@ -162,14 +167,14 @@ for bundle in sys.argv[2:]:
 """
 
 
-@both
+@each
 def test_download_and_load(bundle: str, python: str, zips: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "downloaded"
     where = options(name=bundle, url=zips[bundle].as_uri(), bundle_dir=folder)
     call([python, "-m", "monai.bundle", "download", *where])
     assert (folder / bundle / "configs" / "train.json").is_file()
     load = [python, "-c", LOAD, str(folder), bundle]
-    if bundle == SEGMENTATION:  # MONAI's own class: nothing on the path
+    if bundle == UNETR:  # MONAI's own class: nothing on the path
         assert "inference: monai.networks.nets.unetr.UNETR" in call(load)
     else:
         assert "medmim" in call(load, fails=True)
@@ -177,8 +182,8 @@ def test_download_and_load(bundle: str, python: str, zips: dict[str, Path], tmp_
 
 
 def test_two_bundles_in_one_process(python: str, unzipped: Callable[..., Path]) -> None:
-    first, second = unzipped(MAE), unzipped(SEGMENTATION)
-    load = [python, "-c", LOAD, str(first.parent), MAE, SEGMENTATION]
+    first, second = unzipped(MAE), unzipped(UNETR)
+    load = [python, "-c", LOAD, str(first.parent), MAE, UNETR]
     call(load, PYTHONPATH=os.pathsep.join([str(second), str(first)]))
 
     newer = "9.8.7"  # as a later package would export it
@@ -194,7 +199,7 @@ def test_two_bundles_in_one_process(python: str, unzipped: Callable[..., Path]) 
     call(load, PYTHONPATH=os.pathsep.join([str(first), str(second)]))  # the other's class is MONAI's: both load
 
 
-@both
+@each
 def test_bundle_commands(bundle: str, python: str, unzipped: Callable[..., Path], tmp_path: Path) -> None:
     """As the model zoo runs them, inside the bundle's folder."""
     folder = unzipped(bundle)

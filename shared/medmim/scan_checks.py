@@ -36,7 +36,7 @@ def check_scans(
         preset: what they must be like.
         remember: file in which the scans found good are remembered (path, size and time of each), so that the next
             run need not read them again.
-        roi_size: voxels of the network's input, to count the scans that must be padded.
+        roi_size: voxels of a crop, to count the scans that must be padded.
 
     Raises:
         ScanError: one line for each faulty scan.
@@ -80,8 +80,8 @@ def check_scans(
     if small and roi_size is not None and idist.get_rank() == 0:
         name, size = small[0]
         logger.warning(
-            f"{len(small)} of {len(items)} scans are smaller than roi_size {tuple(roi_size)} and will be padded, "
-            f"for example {name}: about {size} voxels"
+            f"{len(small)} of {len(items)} scans are smaller than a crop of {tuple(roi_size)} voxels and will be "
+            f"padded, for example {name}: about {size} voxels"
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.common import BUNDLES, MAE, TINY, TINY_OF, UNETR, assert_same_end, rows
+from tests.common import BUNDLES, CONVVIT_UNETR, MAE, MIM, TINY, TINY_OF, UNETR, assert_same_end, rows
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "killed_in_writes.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
@@ -31,7 +31,7 @@ def arguments(phantom_dir: Path, coarse_preset: Path) -> Callable[..., list[str]
             TINY | TINY_OF[bundle] | {"dataset": coarse_preset, "dataset_dir": phantom_dir, "num_workers": 0} | knobs
         )
         knobs |= {"output_dir": folder / "output", "models_dir": folder / "models", "checkpoint_interval": 1}
-        knobs |= {"preview_interval": 99} if bundle == MAE else {}
+        knobs |= {"preview_interval": 99} if bundle in (MAE, MIM) else {}
         found = ["--config_file", "configs/train.yaml", "--resume", "true"]
         return found + [text for name, value in knobs.items() for text in (f"--{name}", str(value))]
 
@@ -64,7 +64,7 @@ def test_killed_exactly_inside_a_write(arguments: Callable, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bundle", [MAE, UNETR])
+@pytest.mark.parametrize("bundle", [MAE, UNETR, MIM, CONVVIT_UNETR])
 def test_killed_in_every_write(arguments: Callable, tmp_path: Path, bundle: str) -> None:
     """Every flush, every renaming and every half-written file of the second epoch after each start."""
     kills = [["fsync", n] for n in range(8, 24)] + [["replace", n] for n in range(4, 16)]
@@ -73,8 +73,8 @@ def test_killed_in_every_write(arguments: Callable, tmp_path: Path, bundle: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bundle", [MAE, UNETR])
-def test_twenty_kills_at_random_moments(arguments: Callable, tmp_path: Path, bundle: str) -> None:
+@pytest.mark.parametrize(("bundle", "kills"), [(MAE, 20), (UNETR, 20), (MIM, 8), (CONVVIT_UNETR, 8)])
+def test_kills_at_random_moments(arguments: Callable, tmp_path: Path, bundle: str, kills: int) -> None:
     moments = random.Random(3)
 
     def start(folder: Path) -> subprocess.Popen:
@@ -90,7 +90,7 @@ def test_twenty_kills_at_random_moments(arguments: Callable, tmp_path: Path, bun
     finish(start(tmp_path / "undisturbed"))
     seconds = float(rows(tmp_path / "undisturbed" / "output" / "scalars.csv")[-1]["seconds"]) / 60  # of an epoch
     epochs = []
-    for number in range(20):
+    for number in range(kills):
         process = start(tmp_path / "killed")
         seen = threading.Event()
         marker = ("--resume: ", "/60: train_loss")[number % 2]  # before the first epoch, after it

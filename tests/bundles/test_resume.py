@@ -10,10 +10,11 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from medmim.resume import Checkpoints
-from tests.common import FILES, MAE, UNETR, assert_same_end, both, rows, sha256, spoil
+from tests.common import CONVVIT_UNETR, FILES, MAE, MIM, UNETR, assert_same_end, both, every, rows, sha256, spoil
 
 Run = Callable[..., ConfigWorkflow]
 KNOBS = {"epochs": 4, "checkpoint_interval": 1, "learning_rate": 0.003}
+NO_FIT = "its network does not fit this run's: --resume needs the knobs"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return stop
 
 
-@both
+@every
 @pytest.mark.parametrize(
     ("num_workers", "cache"),
     [
@@ -69,7 +70,7 @@ def test_stopped_and_resumed(
     assert_same_end(bundle, undisturbed(bundle), tmp_path)
 
 
-@both
+@every
 def test_resumed_twice_with_other_workers_and_another_cache(
     run_bundle: Run, undisturbed: Any, stop_after: Any, tmp_path: Path, bundle: str
 ) -> None:
@@ -109,7 +110,11 @@ def test_finished_training_has_nothing_left(
         (MAE, {"loss_norm": "l1"}, "loss_norm l1 (was l2)"),
         (UNETR, {"num_heads": 6}, "num_heads 6 (was 4)"),
         (UNETR, {"batch_size": 1}, "batches in an epoch 4 (was 2)"),
-        (UNETR, {"hidden_size": 96}, "its network does not fit this run's: --resume needs the knobs"),
+        (UNETR, {"hidden_size": 96}, NO_FIT),
+        pytest.param(MIM, {"temperature": 0.2}, "temperature 0.2 (was 0.1)", marks=pytest.mark.slow),
+        pytest.param(MIM, {"levels::1::samples": 1}, "another levels", marks=pytest.mark.slow),
+        pytest.param(MIM, {"curriculum": "fine_to_coarse"}, "curriculum fine_to_coarse", marks=pytest.mark.slow),
+        pytest.param(CONVVIT_UNETR, {"embed_dims": [6, 6, 12, 12]}, NO_FIT, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -140,8 +140,8 @@ def test_scans_smaller_than_the_roi_are_padded_and_told_once(
         run_bundle(bundle, "train", folder=tmp_path, dataset_dir=data)
     told = [record.getMessage() for record in caplog.records if "padded" in record.getMessage()]
     assert len(told) == 1
-    assert told[0].startswith("2 of 6 scans are smaller than roi_size (16, 24, 16) and will be padded, for example ")
-    assert f"{data}/imagesTr/phantom_00" in told[0]
+    assert told[0].startswith("2 of 6 scans are smaller than a crop of (16, 24, 16) voxels and will be padded")
+    assert f", for example {data}/imagesTr/phantom_00" in told[0]
     assert (tmp_path / "models" / "model.pt").is_file()
 
 
@@ -162,7 +162,7 @@ def test_scans_smaller_than_the_roi_are_told_once_in_inference(
         run_bundle(bundle, "inference", folder=tmp_path, **knobs)
     told = [record.getMessage() for record in caplog.records if "padded" in record.getMessage()]
     assert len(told) == 1
-    assert told[0].startswith("1 of 6 scans are smaller than roi_size (16, 24, 16) and will be padded")
+    assert told[0].startswith("1 of 6 scans are smaller than a crop of (16, 24, 16) voxels and will be padded")
     assert len(list((tmp_path / "output").glob("*.nii.gz"))) == 6
 
 

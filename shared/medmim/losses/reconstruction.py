@@ -65,10 +65,13 @@ class MaskedReconstructionLoss(nn.Module):
         target = self.target(image)
         difference = prediction.float() - target
         error = difference.abs() if self.norm == "l1" else difference.square()
-        scored = mask.flatten(1) if self.region == "hidden" else torch.ones_like(mask).flatten(1)
-        if padding is not None:
-            scored = scored & ~padding.flatten(1)
+        scored = self.scored(mask, padding).flatten(1)
         return (error.mean(dim=-1) * scored).sum() / scored.sum().clamp(min=1)
+
+    def scored(self, mask: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Which tokens are scored: boolean, of the shape of ``mask``, which is that of ``padding``."""
+        scored = mask if self.region == "hidden" else torch.ones_like(mask)
+        return scored if padding is None else scored & ~padding
 
     def target(self, image: Tensor) -> Tensor:
         """What the network has to predict: ``(B, N, prod(patch_size) * C)``, float32."""

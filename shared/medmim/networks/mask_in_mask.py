@@ -286,7 +286,7 @@ class MaskInMask(nn.Module):
         masks = _flat(batch, f"mask_{number}", number)
         key = f"padding_{number}"
         padding = _flat(batch, key, number) if key in batch else torch.zeros_like(masks)
-        scored = ((masks | (self.reconstruction_loss.region == "all")) & ~padding).flatten(1).sum(1)
+        scored = self.reconstruction_loss.scored(masks, padding).flatten(1).sum(1)
         holds_image = (~padding).flatten(1).any(1)
         counts = holds_image[start:stop] / holds_image.sum().clamp(min=1)
         first, last = self._parents(number, start, stop)

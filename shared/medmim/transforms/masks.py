@@ -31,6 +31,12 @@ def hidden_count(mask_ratio: float, n_units: int) -> int:
     return count
 
 
+def random_state_of_file(seed: int, image: Any) -> np.random.RandomState:
+    """Random state that depends on a number and the name of the image's file (without folders) only."""
+    name = str(getattr(image, "meta", {}).get("filename_or_obj", ""))
+    return np.random.RandomState([seed, crc32(name.rsplit("/", 1)[-1].encode())])
+
+
 class RandPatchMaskd(Randomizable, MapTransform):
     """Draw a random mask over the patch grid of an image.
 
@@ -91,8 +97,7 @@ class RandPatchMaskd(Randomizable, MapTransform):
             raise ValueError(f"mask_unit {mask_unit} must be a multiple of patch_size {patch_size} along each axis")
         grid_size(spatial, patch_size)
         if self.fixed_seed is not None:
-            name = str(getattr(image, "meta", {}).get("filename_or_obj", ""))
-            self.R = np.random.RandomState([self.fixed_seed, crc32(name.rsplit("/", 1)[-1].encode())])
+            self.R = random_state_of_file(self.fixed_seed, image)
         self.randomize(grid_size(spatial, mask_unit))
         tokens = np.kron(self.hidden_units, np.ones([u // p for u, p in zip(mask_unit, patch_size, strict=True)]))
         result[self.mask_key] = torch.from_numpy(tokens.astype(bool))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from math import prod
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from medmim.networks.nested_levels import DEFAULT_LEVELS, Level, nested_levels
 from medmim.networks.sub_volumes import cut_sub_volumes, resize_reach
-from medmim.transforms.masks import hidden_count
+from medmim.transforms.masks import hidden_count, random_state_of_file
 
 
 class RandNestedMaskd(Randomizable, MapTransform):
@@ -143,8 +142,7 @@ class RandNestedMaskd(Randomizable, MapTransform):
             )
         padding = torch.isnan(torch.as_tensor(image)).as_subclass(torch.Tensor)
         if self.fixed_seed is not None:
-            name = str(getattr(image, "meta", {}).get("filename_or_obj", ""))
-            self.R = np.random.RandomState([self.fixed_seed, crc32(name.rsplit("/", 1)[-1].encode())])
+            self.R = random_state_of_file(self.fixed_seed, image)
         if padding.any():
             self.randomize(~padding.all(0)[None, None])
             for each in self.key_iterator(result):
