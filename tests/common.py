@@ -18,22 +18,24 @@ MIM = "mim_convvit_pretraining"
 both = pytest.mark.parametrize("bundle", [MAE, UNETR])
 slow_ones = [pytest.param(name, marks=pytest.mark.slow) for name in (MIM, CONVVIT_UNETR)]
 every = pytest.mark.parametrize("bundle", [MAE, UNETR, *slow_ones])
-TINY = {  # knobs of a network that trains in seconds
-    "roi_size": [16, 24, 16],
-    "patch_size": 8,
-    "hidden_size": 48,
-    "mlp_dim": 96,
-    "num_layers": 4,
-    "num_heads": 4,
+TINY = {  # knobs of a training that takes seconds, with those of its network below
     "epochs": 2,
     "warmup_epochs": 0,
     "batch_size": 2,
     "crops_per_scan": 2,
     "val_interval": 1,
 }
+TINY_VIT = {
+    "roi_size": [16, 24, 16],
+    "patch_size": 8,
+    "hidden_size": 48,
+    "mlp_dim": 96,
+    "num_layers": 4,
+    "num_heads": 4,
+}
 TINY_OF = {
-    MAE: {"decoder_hidden_size": 24, "decoder_num_layers": 1, "decoder_num_heads": 4},
-    UNETR: {"feature_size": 4, "overlap": 0.25},
+    MAE: TINY_VIT | {"decoder_hidden_size": 24, "decoder_num_layers": 1, "decoder_num_heads": 4},
+    UNETR: TINY_VIT | {"feature_size": 4, "overlap": 0.25},
     CONVVIT_UNETR: {
         "roi_size": [32, 32, 16],
         "embed_dims": [6, 6, 6, 12],

@@ -209,7 +209,11 @@ def test_bundle_commands(bundle: str, python: str, unzipped: Callable[..., Path]
         output = call([*command, "verify_net_in_out", "network_def", *meta, "--config_file", f"configs/{name}"], folder)
         assert "data shape of network is verified with no error" in output
     network = ["network_def", "--ckpt_file", "models/model.pt", *meta, "--config_file", "configs/inference.json"]
-    call([*command, "ckpt_export", *network, "--filepath", "models/model.ts"], folder)
+    script = ["ckpt_export", *network, "--filepath", "models/model.ts"]
+    if bundle in (MIM, CONVVIT_UNETR):
+        size = json.loads(KNOBS[bundle]["roi_size"])
+        script += options(use_trace=True, input_shape=[1, 1, *size])
+    call([*command, *script], folder)
     call([*command, "onnx_export", *network, "--filepath", "models/model.onnx"], folder)
     compare = """
 import json, numpy, onnx, torch
@@ -220,9 +224,12 @@ script = torch.jit.load("models/model.ts")
 from monai.bundle import load
 network = load(".", bundle_dir=".", workflow_type="inference").eval()
 with torch.no_grad():
-    torch.testing.assert_close(script(image), network(image), rtol=1e-4, atol=1e-4)
+    expected = network(image)
+    torch.testing.assert_close(script(image), expected, rtol=1e-4, atol=1e-4)
 onnx.checker.check_model("models/model.onnx")
 graph = onnx.load("models/model.onnx").graph
+found = ReferenceEvaluator("models/model.onnx").run(None, {graph.input[0].name: image.numpy()})[0]
+numpy.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 print("outputs equal;", len(graph.node), "ONNX nodes")
 """
     assert "outputs equal" in call([python, "-c", compare], folder)

@@ -15,20 +15,7 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 
-from tests.common import (
-    BUNDLES,
-    CONVVIT_UNETR,
-    FILES,
-    MAE,
-    MIM,
-    TINY,
-    TINY_OF,
-    UNETR,
-    assert_same_end,
-    every,
-    rows,
-    slow_ones,
-)
+from tests.common import BUNDLES, FILES, MAE, MIM, TINY, TINY_OF, UNETR, assert_same_end, every, rows, slow_ones
 
 Run = Callable[..., ConfigWorkflow]
 ENVIRONMENT = os.environ | {

@@ -19,12 +19,16 @@ from tools.export import export
 VIT = {"in_channels": 1, "spatial_dims": 3, "hidden_size": 48, "mlp_dim": 96, "num_heads": 4}
 SMALL = {"img_size": [16, 24, 16], "patch_size": [8, 8, 8], "num_layers": 4}  # needs our UNETR
 DEEP = {"img_size": [32, 48, 32], "patch_size": [16, 16, 16], "num_layers": 12}  # MONAI's does
-CONVVIT = {"encoder": "ConvViT", "embed_dims": [6, 6, 12, 12], "depths": [1, 1, 1, 1], "num_heads": 2}
-CONVVIT |= {"fifth_stage": False}
+CONVVIT = {"in_channels": 1, "embed_dims": [6, 6, 12, 12], "depths": [1, 1, 1, 1], "num_heads": 2}
 NETWORKS = {
     "mae_vit_pretraining": ("FeatureExtractor", VIT),
     "unetr_segmentation": ("UNETR", VIT | {"feature_size": 4}),
-    "mim_convvit_pretraining": ("FeatureExtractor", CONVVIT),
+    "mim_convvit_pretraining": ("FeatureExtractor", CONVVIT | {"encoder": "ConvViT", "fifth_stage": False}),
+    "convvit_unetr_segmentation": ("ConvViTUNETR", CONVVIT),
+}
+SIZES = {
+    "mim_convvit_pretraining": {"img_size": [32, 32, 32]},
+    "convvit_unetr_segmentation": {"img_size": [32, 32, 16]},
 }
 Weights = Callable[..., Path]
 Exported = Callable[..., Path]
@@ -34,10 +38,11 @@ Exported = Callable[..., Path]
 def weights(tmp_path: Path) -> Weights:
     """Writes ``model.pt``, ``model.json`` and ``encoder.pt`` (pre-training): ``weights(bundle, sizes, dataset)``."""
 
-    def write(bundle: str, sizes: dict[str, Any] = SMALL, dataset: str = "phantom") -> Path:
+    def write(bundle: str, sizes: dict[str, Any] | None = None, dataset: str = "phantom") -> Path:
         name, arguments = NETWORKS[bundle]
+        sizes = sizes or SIZES.get(bundle, SMALL)
         preset = get_preset(dataset)
-        if name == "UNETR":
+        if name.endswith("UNETR"):
             arguments = arguments | {"out_channels": preset.n_classes}
         torch.manual_seed(0)
         network = build_network({"network": {"name": name, "arguments": arguments | sizes}})

@@ -22,7 +22,7 @@ from monai.utils import set_determinism
 
 from tools.export import export
 
-BUNDLES = ["mae_vit_pretraining", "unetr_segmentation"]
+BUNDLES = ["mae_vit_pretraining", "unetr_segmentation", "mim_convvit_pretraining", "convvit_unetr_segmentation"]
 LARGEST_FILE = 25 * 2**20  # bytes
 
 
@@ -104,11 +104,13 @@ def test_torchscript(folder: Path, metadata: dict) -> None:
     script = folder / "models" / "verify_model.ts"
     weights = folder / "models" / "model.pt"
     files = paths(folder, "inference.json")
-    ckpt_export(net_id="network_def", filepath=str(script), ckpt_file=str(weights), **files)
+    size = metadata["network_data_format"]["inputs"]["image"]["spatial_shape"]
+    traced = {"use_trace": True, "input_shape": [2, 1, *size]} if "convvit" in folder.name else {}  # as its page says
+    ckpt_export(net_id="network_def", filepath=str(script), ckpt_file=str(weights), **files, **traced)
     network = ConfigParser.load_config_file(files["config_file"])
     network = ConfigParser(network).get_parsed_content("network_def").eval()
     network.load_state_dict(torch.load(weights, weights_only=True))
-    image = torch.rand(2, 1, *metadata["network_data_format"]["inputs"]["image"]["spatial_shape"])
+    image = torch.rand(2, 1, *size)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.load(script)(image), network(image), rtol=1e-4, atol=1e-4)
 
@@ -153,8 +155,10 @@ def test_properties_and_runs(folder: Path, phantom_dir: Path, tmp_path: Path) ->
         folder / "configs" / name for name in ("train.json", "evaluate.yaml", "inference.json")
     )
     small = {"epochs": 1, "warmup_epochs": 0, "batch_size": 2, "crops_per_scan": 1, "val_interval": 1}
-    if "mae" in folder.name:
+    if "pretraining" in folder.name:
         small |= {"decoder_hidden_size": 24, "decoder_num_layers": 1, "decoder_num_heads": 4}
+    if "mim" in folder.name:
+        small |= {"crop_size": [32, 32, 32], "levels::1::samples": 2, "levels::2::samples": 1}
     before = (folder / "models" / "model.pt").read_bytes()
     run([train], "train", **knobs, **small)
     assert (folder / "models" / "model.pt").read_bytes() != before
