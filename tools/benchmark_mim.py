@@ -88,10 +88,12 @@ def training_step(batch_size: int, size: int, dtype: str, device: str, compile: 
         collated = {str(key): torch.stack([item[key] for item in items]) for key in items[0]}
         batch = prepare_nested_batch(collated, device)[0]
         stop("masks")
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            for share, terms in network.shares(batch):
-                share.backward()
-                stop(f"level {max(int(name[-1]) for name in terms)}")
+        shares = network.shares(batch)
+        for _ in range(network.n_shares(batch_size)):
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+                share, terms = next(shares)
+            share.backward()
+            stop(f"level {max(int(name[-1]) for name in terms)}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         stop("AdamW")

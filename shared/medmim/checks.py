@@ -23,7 +23,7 @@ from medmim.description import read_description, read_preset
 from medmim.folders import check_writable
 from medmim.networks.patches import grid_size
 from medmim.scan_checks import check_scans
-from medmim.transforms import RandNestedMaskd, hidden_count
+from medmim.transforms import hidden_count
 from medmim.weights import read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -63,12 +63,12 @@ def check_knobs(
     faults = []
     for name, entry in (whole or {}).items():
         value, lowest = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (entry, 1)
-        if not _is_whole(value) or value < lowest:
+        if not is_whole(value) or value < lowest:
             faults.append(f"--{name} {value}: expected a whole number of at least {lowest}")
     for name, (value, lowest, highest, *optional) in (numbers or {}).items():
         if value is None and optional:
             continue
-        if not _is_number(value) or not lowest <= value <= highest:
+        if not is_number(value) or not lowest <= value <= highest:
             bounds = f"from {lowest} to {highest}" if highest < math.inf else f"of at least {lowest}"
             faults.append(f"--{name} {value}: expected a number {bounds}")
     for name, (value, *allowed) in (one_of or {}).items():
@@ -76,7 +76,7 @@ def check_knobs(
             faults.append(f"--{name} {value}: expected {' or '.join(map(str, allowed))}")
     for name, (value, divisor) in (divisible or {}).items():
         values = value if isinstance(value, list | tuple) else [value]
-        if all(map(_is_whole, [*values, divisor])) and divisor > 0 and any(number % divisor for number in values):
+        if all(map(is_whole, [*values, divisor])) and divisor > 0 and any(number % divisor for number in values):
             expected = f"multiples of {divisor}" if values is value else f"a multiple of {divisor}"
             faults.append(f"--{name} {value}: expected {expected}")
     if faults:
@@ -89,7 +89,7 @@ def check_schedule(epochs: Any, warmup_epochs: Any) -> None:
     Raises:
         ValueError: naming the knobs and the numbers.
     """
-    if not _is_number(warmup_epochs) or (_is_whole(epochs) and not 0 <= warmup_epochs < epochs):
+    if not is_number(warmup_epochs) or (is_whole(epochs) and not 0 <= warmup_epochs < epochs):
         raise ValueError(
             f"--epochs {epochs} with --warmup_epochs {warmup_epochs}: the learning rate would not get beyond its "
             "warm-up: epochs must be larger, and warmup_epochs 0 or more"
@@ -143,8 +143,8 @@ def check_data(
             check_writable(folder, results=number == 0)
         except ValueError as error:
             faults.append(str(error))
-    numbers_are_good = _is_whole(fold) and fold >= 0 and _is_whole(folds) and folds > 1
-    if numbers_are_good and _is_number(label_fraction) and 0 < label_fraction <= 1:  # check_knobs says so otherwise
+    numbers_are_good = is_whole(fold) and fold >= 0 and is_whole(folds) and folds > 1
+    if numbers_are_good and is_number(label_fraction) and 0 < label_fraction <= 1:  # check_knobs says so otherwise
         faults += _split_faults(dataset, dataset_dir, datalist, labelled, fold, folds, label_fraction)
     if faults:
         raise ValueError("\n".join(faults))
@@ -273,12 +273,12 @@ def check_sizes(
         ValueError: naming the knobs and the numbers.
     """
     faults = []
-    if not isinstance(roi_size, list | tuple) or not _are_sizes(roi_size, spatial_dims):
+    if not isinstance(roi_size, list | tuple) or not are_sizes(roi_size, spatial_dims):
         faults.append(f'--roi_size {roi_size}: expected {spatial_dims} numbers in voxels, as in "[96, 96, 96]"')
     for knob, size in (("patch_size", patch_size), ("mask_unit", mask_unit)):
-        if not (_are_sizes(size, spatial_dims) or (knob == "mask_unit" and size is None)):
+        if not (are_sizes(size, spatial_dims) or (knob == "mask_unit" and size is None)):
             faults.append(f"--{knob} {size}: expected a whole number of voxels, or {spatial_dims} for the axes")
-    if mask_ratio is not None and not (_is_number(mask_ratio) and 0 <= mask_ratio < 1):
+    if mask_ratio is not None and not (is_number(mask_ratio) and 0 <= mask_ratio < 1):
         faults.append(f"--mask_ratio {mask_ratio}: expected a number from 0 to below 1")
     if faults:
         raise ValueError("\n".join(faults))
@@ -311,106 +311,24 @@ def check_sizes(
         raise ValueError(f"--mask_ratio {mask_ratio} hides none of {n_units} units: there would be nothing to learn")
 
 
-def check_levels(
-    levels: Any,
-    roi_size: Sequence[int],
-    crop_size: Sequence[int],
-    patch_size: int = 16,
-    level_weights: Any = None,
-    alignment_weights: Any = None,
-    curriculum: str = "concurrent",
-    spatial_dims: int = 3,
-) -> None:
-    """Check the nested levels of Mask in Mask, and that the numbers of weights fit them.
-
-    Args:
-        levels: see :func:`medmim.networks.nested_levels`.
-        roi_size: voxels of the network's input, at each level.
-        crop_size: voxels of the first level's crop.
-        patch_size: voxels of a token along each axis.
-        level_weights: of the levels; ``None`` stands for good ones.
-        alignment_weights: of the adjacent pairs of levels; ``None`` stands for good ones.
-        curriculum: over the levels.
-        spatial_dims: 2 or 3.
-
-    Raises:
-        ValueError: one line for each fault, naming the knobs and the numbers.
-    """
-    faults = [
-        f'--{knob} {size}: expected {spatial_dims} numbers in voxels, as in "[96, 96, 96]"'
-        for knob, size in (("roi_size", roi_size), ("crop_size", crop_size))
-        if not isinstance(size, list | tuple) or not _are_sizes(size, spatial_dims)
-    ]
-    if not isinstance(levels, list | tuple) or not levels or not all(isinstance(level, Mapping) for level in levels):
-        faults.append(f"--levels {levels}: expected a list with the entries of each level")
-    if faults:
-        raise ValueError("\n".join(faults))
-    try:
-        complete = RandNestedMaskd("image", levels, patch_size, spatial_dims).levels
-    except (ValueError, TypeError) as error:
-        faults.append(f"--levels: {error}")
-    else:
-        for number, level in enumerate(complete, 1):
-            if level.img_size != tuple(roi_size):
-                faults.append(
-                    f"--levels: level {number} has img_size {level.img_size}, but --roi_size is {list(roi_size)}: "
-                    "all levels share one network: give both the same"
-                )
-        if complete[0].crop_size != tuple(crop_size):
-            faults.append(
-                f"--levels: level 1 has crop_size {complete[0].crop_size}, but --crop_size is {list(crop_size)}: "
-                "give both the same"
-            )
-    for knob, weights, n in (
-        ("level_weights", level_weights, len(levels)),
-        ("alignment_weights", alignment_weights, len(levels) - 1),
-    ):
-        values = weights if isinstance(weights, list | tuple) else ()
-        good = len(values) == n and all(_is_number(value) and value >= 0 for value in values)
-        if weights is not None and not good:
-            faults.append(f"--{knob} {weights}: expected {n} numbers of 0 or more, for {len(levels)} levels")
-    if not faults and level_weights is not None and not any([*level_weights, *(alignment_weights or [0.1])]):
-        faults.append("--level_weights and --alignment_weights are all 0: there would be nothing to learn")
-    if curriculum != "concurrent" and len(levels) < 2:
-        faults.append(f"--curriculum {curriculum}: needs two levels or more, found {len(levels)}: take concurrent")
-    if faults:
-        raise ValueError("\n".join(faults))
-
-
-def check_convvit(embed_dims: Any, depths: Any, num_heads: Any, spatial_dims: int = 3) -> None:
-    """Check the sizes of a ConvViT.
-
-    Raises:
-        ValueError: one line for each fault, naming the knob and the numbers.
-    """
-    faults = [
-        f"--{knob} {values}: expected 4 whole numbers of at least 1, for the three stages and the transformer"
-        for knob, values in (("embed_dims", embed_dims), ("depths", depths))
-        if not isinstance(values, list | tuple) or not _are_sizes(values, 4)
-    ]
-    if not faults:
-        for divisor, reason in ((num_heads, "--num_heads"), (2 * spatial_dims, "needed by the positions")):
-            if _is_whole(divisor) and divisor > 0 and embed_dims[3] % divisor:
-                faults.append(f"--embed_dims {embed_dims}: the last must be a multiple of {divisor} ({reason})")
-    if faults:
-        raise ValueError("\n".join(faults))
-
-
 def _stem(path: str) -> str:
     return path.removesuffix(".gz").removesuffix(".nii")
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, and no switch."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, and no switch."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _are_sizes(value: Any, axes: int) -> bool:
+def are_sizes(value: Any, axes: int) -> bool:
+    """Whether a value is one whole number above 0 for all axes, or one for each."""
     values = value if isinstance(value, list | tuple) else (value,) * axes
-    return len(values) == axes and all(_is_whole(size) and size > 0 for size in values)
+    return len(values) == axes and all(is_whole(size) and size > 0 for size in values)
 
 
 def _sizes(value: Any) -> Any:

@@ -27,6 +27,7 @@ from medmim import (
     checks,
     command_line,
     folders,
+    mim_checks,
     mim_reconstruct,
     networks,
     optim,
@@ -237,14 +238,14 @@ def _gib(size: float) -> str:
 
 
 check_command_line = lists_faults(command_line.check_command_line)
-check_convvit = lists_faults(checks.check_convvit)
+check_convvit = lists_faults(mim_checks.check_convvit)
 check_data = lists_faults(checks.check_data)
 check_device = lists_faults(checks.check_device)
 check_encoder = lists_faults(checks.check_encoder)
 check_inference = lists_faults(checks.check_inference)
 check_knobs = lists_faults(checks.check_knobs)
 check_labels = lists_faults(checks.check_labels)
-check_levels = lists_faults(checks.check_levels)
+check_levels = lists_faults(mim_checks.check_levels)
 check_paths = lists_faults(folders.check_paths)
 check_preset = lists_faults(checks.check_preset)
 check_processes = lists_faults(command_line.check_processes)

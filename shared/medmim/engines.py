@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from monai.engines import IterationEvents, SupervisedTrainer
 from monai.utils import CommonKeys
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,7 +41,8 @@ class TrainingStep:
     Mixed precision on any device, with a gradient scaler for float16 only. With ``accumulation_steps`` N the
     optimiser steps once in N batches (and at the end of an epoch) with the mean of their gradients; processes of
     ``DistributedDataParallel`` exchange gradients only then. The output holds the loss alone, not the predictions,
-    which would stay in memory until the next iteration.
+    which would stay in memory until the next iteration. An epoch of float16 whose gradients all overflowed, so that
+    nothing was learned, is told in the log.
 
     Args:
         device: of the network.
@@ -59,6 +63,7 @@ class TrainingStep:
         self.dtype = dtype
         self.accumulation_steps = accumulation_steps
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=amp and dtype == torch.float16)
+        self.latest_scale = self.scaler.get_scale()
 
     def state_dict(self) -> dict[str, Any]:
         """State of the gradient scaler; empty without one."""
@@ -68,6 +73,7 @@ class TrainingStep:
         """Take over the state of the gradient scaler, when both the run before and this one have one."""
         if state_dict and self.scaler.is_enabled():
             self.scaler.load_state_dict(state_dict)
+            self.latest_scale = self.scaler.get_scale()
 
     def __call__(self, engine: SupervisedTrainer, batchdata: Any) -> list[dict[str, Tensor]]:
         """One iteration; fires MONAI's ``IterationEvents``.
@@ -109,8 +115,23 @@ class TrainingStep:
         if last:
             self.scaler.step(engine.optimizer)
             self.scaler.update()
+            self._tell_skipped_steps(engine)
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return [engine.state.output]
+
+    def _tell_skipped_steps(self, engine: SupervisedTrainer) -> None:
+        state: Any = engine.state
+        if not self.scaler.is_enabled() or state.iteration % state.epoch_length:
+            return
+        scale = self.scaler.get_scale()  # makes the device wait, so once in an epoch
+        steps = -(-state.epoch_length // self.accumulation_steps)
+        if scale <= self.latest_scale * self.scaler.get_backoff_factor() ** steps:
+            logger.warning(
+                f"epoch {state.epoch} learned nothing: gradients overflowed float16 in all its steps ({steps}; loss "
+                f"scale {self.latest_scale:g} before, {scale:g} after): if this goes on, try --amp_dtype bfloat16 or "
+                "--amp false"
+            )
+        self.latest_scale = scale
 
     def _place(self, engine: SupervisedTrainer) -> tuple[bool, int, bool]:
         """Of this batch among those of its optimiser step: whether it is the first, how many there are, the last."""

@@ -274,6 +274,18 @@ def ends(run_bundle: Run, tmp_path: Path, record_property: Callable) -> Callable
             {"level_weights": [0, 0, 0], "alignment_weights": [0, 0]},
             "--level_weights and --alignment_weights are all 0: there would be nothing to learn",
         ),
+        (
+            {"levels::2::mask_ratio": 0.05},
+            "--levels: level 3 hides none of its 8 regions (mask_ratio 0.05), so its reconstruction has ",
+        ),
+        (
+            {"level_weights": [0, 0, 1], "alignment_weights": [0, 0], "curriculum": "coarse_to_fine"},
+            "--curriculum coarse_to_fine begins with weight 0 for the one level that learns (--level_weights [0, 0, 1]",
+        ),
+        (
+            {"level_weights": [1, 0, 0], "alignment_weights": [0, 0], "curriculum": "fine_to_coarse"},
+            "--curriculum fine_to_coarse begins with weight 0 for the one level that learns (--level_weights [1, 0, 0]",
+        ),
         ({"crop_size": 32}, "--crop_size 32: expected 3 numbers in voxels"),
         ({"roi_size": 32}, "--roi_size 32: expected 3 numbers in voxels"),
         ({"roi_size": [32, 40, 32]}, "--roi_size [32, 40, 32] is not divisible by --patch_size 16"),

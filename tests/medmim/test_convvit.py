@@ -155,6 +155,39 @@ def test_hidden_voxels_reach_no_latent(size, channels, ratio):
     assert float((gradient[~hidden] != 0).float().mean()) > 0.99
 
 
+def test_gradients_of_air_and_padding_are_as_small_as_those_of_tissue():
+    """A norm of zero vectors would multiply them by 300 at each stage, more than float16 holds."""
+    torch.manual_seed(0)
+    encoder = ConvViT(1, 3, **SMALL)
+    mask = make_mask((2, 2, 2), 0.5, batch=1)
+    tissue = torch.rand(1, 1, 32, 32, 32)
+    air = torch.cat([tissue[:, :, :20], torch.zeros(1, 1, 12, 32, 32)], dim=2)
+    largest = []
+    for image in (tissue, air):
+        encoder.zero_grad()
+        encoder(image, mask).square().mean().backward()
+        largest.append(max(p.grad.abs().max() for p in encoder.parameters() if p.grad is not None))
+    assert largest[1] < 3 * largest[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions(dtype):
+    encoder = make().eval()
+    image, mask = torch.rand(2, 1, 32, 32, 16), make_mask((2, 2, 1), 0.5)
+    latent, maps = encoder(image, mask), encoder(image)
+    encoder.to(dtype)
+    atol = 0.2 if dtype == torch.bfloat16 else 1e-4
+    rounded = image.to(dtype)
+    for found, expected in zip([encoder(rounded, mask), *encoder(rounded)], [latent, *maps], strict=True):
+        assert found.dtype == dtype
+        assert (found.float() - expected).abs().mean() < atol * expected.abs().mean()
+
+
+def test_a_mask_of_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"^a mask must be boolean, True where a token is hidden, found torch.float32"):
+        make()(torch.rand(1, 1, 32, 32, 16), torch.tensor([[[0.0], [1.0]], [[1.0], [0.0]]])[None, ..., 0].unsqueeze(-1))
+
+
 @pytest.mark.parametrize("n_hidden", [2, 4])
 def test_pointwise_layers_see_visible_positions_only(n_hidden):
     encoder = make()

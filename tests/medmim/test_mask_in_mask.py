@@ -161,6 +161,30 @@ def test_a_vit_of_monai_as_encoder(tiny_vit):
     assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
 
 
+def test_hidden_voxels_of_the_scan_are_in_no_visible_token():
+    """Of the default geometry, halved at level 1 and native at level 2: resizing blends nothing across tokens."""
+    network = make(EIGHTH)
+    batch = batch_of(network, 2)
+    patch_size = network.patch_size
+    for number, factor in ((1, 2), (2, 1)):
+        image, mask = network.level_images(batch, number)
+        seen = patchify(image, patch_size)[~mask.flatten(1)]
+        hidden = mask.unsqueeze(1)
+        for axis in (2, 3, 4):
+            hidden = hidden.repeat_interleave(patch_size[axis - 2] * factor, dim=axis)
+        other = {key: value.clone() for key, value in batch.items()}
+        if number == 1:
+            other["image"][hidden] = 7.0
+        else:  # back to the places in the scan that the regions were cut from
+            half = network.levels[1].crop_size
+            for i, region in enumerate(batch["region_2"].flatten()):
+                corner = [int(n) * size for n, size in zip(torch.unravel_index(region, (2, 2, 2)), half, strict=True)]
+                slices = [slice(start, start + size) for start, size in zip(corner, half, strict=True)]
+                other["image"][i // 4, 0][tuple(slices)][hidden[i, 0]] = 7.0
+        assert not torch.equal(other["image"], batch["image"])
+        assert torch.equal(patchify(network.level_images(other, number)[0], patch_size)[~mask.flatten(1)], seen)
+
+
 def test_hidden_voxels_of_a_vit_reach_no_latent(tiny_vit):
     network = make(SMALL, encoder=tiny_vit(img_size=(8, 8, 8), patch_size=(4, 4, 2), hidden_size=12))
     batch = batch_of(network, 2)

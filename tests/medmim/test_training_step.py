@@ -1,5 +1,6 @@
 """``TrainingStep`` in MONAI's trainer: accumulation, mixed precision, events."""
 
+import logging
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import pairwise
@@ -158,6 +159,22 @@ def test_float16_skips_a_step_whose_gradients_overflow_and_lowers_the_scale() ->
     trainer.run()
     assert scales == [65536.0, 32768.0, 32768.0]
     assert [torch.equal(a, b) for a, b in pairwise(seen)] == [False, True, False]
+
+
+@pytest.mark.parametrize(("factors", "told"), [([1e38, 1e38], True), ([1e38, 1.0], False), ([1.0, 1.0], False)])
+def test_an_epoch_of_float16_that_learned_nothing_is_told(
+    factors: list[float], told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Product(nn.Module):
+        def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+            return (prediction.float() * target).mean() * left.pop(0)
+
+    left = [1.0, 1.0, *factors]
+    network = Probe()
+    with caplog.at_level(logging.WARNING):
+        trainer_of(batches(2, 2), TrainingStep(CPU, True, torch.float16), network, 2, loss_function=Product()).run()
+    messages = [record.getMessage() for record in caplog.records if "learned nothing" in record.getMessage()]
+    assert [message.split(":")[0] for message in messages] == (["epoch 2 learned nothing"] if told else [])
 
 
 def test_state_of_the_scaler_travels() -> None:

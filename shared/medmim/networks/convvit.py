@@ -202,7 +202,7 @@ class ConvViT(nn.Module):
             for block in stage:  # type: ignore[attr-defined]
                 x = block(x, (len(x), *[side * size for size in grid]), where)
             found.append(x)
-        positions = sincos_position_embedding(grid, self.token_embedding.out_features).to(x.device, non_blocking=True)
+        positions = sincos_position_embedding(grid, self.token_embedding.out_features).to(x, non_blocking=True)
         tokens = self.token_embedding(self.embeddings[-1](x).squeeze(2)) + positions[0, ids]
         coordinates = token_coordinates(ids, grid)
         for block in self.blocks:
@@ -226,11 +226,13 @@ def _check_sizes(spatial_dims: int, embed_dims: Sequence[int], depths: Sequence[
 
 
 def _initialise(module: nn.Module) -> None:
-    """As MAE does it: Xavier for matrices, and for convolutions whose stride is their kernel, which are matrices."""
-    is_matrix = isinstance(module, nn.Linear) or (
-        isinstance(module, nn.Conv2d | nn.Conv3d) and module.stride == module.kernel_size
-    )
-    if is_matrix:
-        parameters = dict(module.named_parameters(recurse=False))
-        nn.init.xavier_uniform_(parameters["weight"].data.flatten(1))
-        nn.init.zeros_(parameters["bias"])
+    """As MAE does it: Xavier for matrices, and for convolutions whose stride is their kernel, which are matrices.
+
+    A convolution's bias stays as PyTorch draws it: were it 0, air and padding would be zero vectors before the norm,
+    whose gradient there is its input's times 300, at each stage.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d | nn.Conv3d) and module.stride == module.kernel_size:
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))

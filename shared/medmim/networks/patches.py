@@ -83,8 +83,10 @@ def token_ids(mask: Tensor) -> tuple[Tensor, Tensor]:
         visible ``(B, N_visible)`` and hidden ``(B, N_hidden)``.
 
     Raises:
-        ValueError: when the samples of the batch hide different numbers of tokens.
+        ValueError: when the mask is not boolean, or the samples of the batch hide different numbers of tokens.
     """
+    if mask.dtype != torch.bool:
+        raise ValueError(f"a mask must be boolean, True where a token is hidden, found {mask.dtype}: mask.bool()")
     hidden = mask.flatten(1)
     counts = hidden.sum(1).tolist()
     if len(set(counts)) != 1:
