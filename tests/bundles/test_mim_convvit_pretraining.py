@@ -227,6 +227,33 @@ def test_features_are_the_encoders(pretrained_mim: Path, run_bundle: Run, tmp_pa
             torch.testing.assert_close(found, tokens, rtol=1e-4, atol=1e-4)
 
 
+def test_images_of_two_axes(run_bundle: Run, tmp_path: Path) -> None:
+    preset = tmp_path / "flat.yaml"
+    preset.write_text(
+        "channels: [X]\nspacing: [1, 1]\nz_score: all\ncrop_foreground: false\nroi_size: [32, 64]\npatch_size: 16\n"
+        "labels: {}\n"
+    )
+    generator = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for number in range(5):
+        image = nib.Nifti1Image(generator.normal(size=(64, 110)).astype("float32"), np.eye(4))
+        nib.save(image, tmp_path / "images" / f"{number}.nii.gz")
+    data = {"dataset": preset, "dataset_dir": tmp_path / "images"}
+    knobs = data | {
+        "roi_size": "$list(@preset.roi_size)",
+        "crop_size": "$[2 * n for n in @roi_size]",
+        "embed_dims": [4, 4, 8, 8],
+        "decoder_hidden_size": 8,
+    }
+    run_bundle(MIM, "train", folder=tmp_path, **knobs)
+    run_bundle(MIM, "train", "reconstruct", folder=tmp_path, **knobs)
+    run_bundle(
+        MIM, "inference", folder=tmp_path / "inference", dataset_dir=tmp_path / "images", models_dir=tmp_path / "models"
+    )
+    assert len(list((tmp_path / "output" / "reconstructions").glob("*_level_3_reconstruction.nii.gz"))) == 1
+    assert len(list((tmp_path / "inference" / "output").rglob("*_features.nii.gz"))) == 5
+
+
 # --------------------------------------------------------------------------------------------------------------- faults
 
 
