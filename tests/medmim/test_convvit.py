@@ -183,6 +183,18 @@ def test_other_precisions(dtype):
         assert (found.float() - expected).abs().mean() < atol * expected.abs().mean()
 
 
+def test_positions_that_are_kept_are_those_of_the_input():
+    encoder = make().eval()
+    images = [torch.rand(1, 1, 32, 32, 16), torch.rand(1, 1, 16, 48, 16)]
+    with torch.inference_mode():
+        first = [encoder.encode(image) for image in images]
+    for image, expected in [*zip(images, first, strict=True)] * 2:
+        assert torch.equal(encoder.encode(image), expected)
+    encoder.encode(images[0]).sum().backward()
+    assert encoder.double().encode(images[1].double()).dtype == torch.float64
+    torch.testing.assert_close(encoder.encode(images[1].double()).float(), first[1], atol=1e-4, rtol=1e-4)
+
+
 def test_a_mask_of_numbers_is_refused():
     with pytest.raises(ValueError, match=r"^a mask must be boolean, True where a token is hidden, found torch.float32"):
         make()(torch.rand(1, 1, 32, 32, 16), torch.tensor([[[0.0], [1.0]], [[1.0], [0.0]]])[None, ..., 0].unsqueeze(-1))

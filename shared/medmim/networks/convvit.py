@@ -110,6 +110,7 @@ class ConvViT(nn.Module):
             self.fifth_stage: nn.Sequential | None = nn.Sequential(halve, norm(2 * size), nn.GELU())
         else:
             self.fifth_stage = None
+        self._table: tuple[Any, Tensor] | None = None
         self.apply(_initialise)
 
     @classmethod
@@ -202,12 +203,24 @@ class ConvViT(nn.Module):
             for block in stage:  # type: ignore[attr-defined]
                 x = block(x, (len(x), *[side * size for size in grid]), where)
             found.append(x)
-        positions = sincos_position_embedding(grid, self.token_embedding.out_features).to(x, non_blocking=True)
+        positions = self._positions(grid, x)
         tokens = self.token_embedding(self.embeddings[-1](x).squeeze(2)) + positions[0, ids]
         coordinates = token_coordinates(ids, grid)
         for block in self.blocks:
             tokens = block(tokens, coordinates, grid)
         return [*found, tokens]
+
+    def _positions(self, grid: tuple[int, ...], x: Tensor) -> Tensor:
+        """Sine-cosine table ``(1, N, F)`` where ``x`` is; the latest is kept, because a GPU waits for the copy."""
+        key = (grid, x.device, x.dtype)
+        exporting = torch.compiler.is_compiling() or torch.jit.is_tracing()  # whose tensors must not be kept
+        if not exporting and self._table is not None and self._table[0] == key:
+            return self._table[1]
+        with torch.inference_mode(False):
+            table = sincos_position_embedding(grid, self.token_embedding.out_features).to(x, non_blocking=True)
+        if not exporting:
+            self._table = (key, table)
+        return table
 
     def _bias_grid(self, img_size: Sequence[int] | int | None) -> tuple[int, ...]:
         if img_size is None:
