@@ -31,5 +31,10 @@ def convert(source: str, checkpoint: str, encoder: str = "encoder.pt", dataset: 
         network, report = import_mim_encoder(state_dict)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from error
+    if network.in_channels != len(preset.channels):
+        raise ValueError(
+            f"{checkpoint}: its encoder has {network.in_channels} channels, but preset {preset.name} has "
+            f"{len(preset.channels)} ({', '.join(preset.channels)}): give the preset of its scans (--dataset)"
+        )
     save_encoder(encoder, network, IMG_SIZE, preset)
     print(f"{checkpoint}: {report}\nwrote {encoder}")

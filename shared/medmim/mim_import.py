@@ -33,6 +33,7 @@ ENCODER_NAMES = {
     "token_embedding.": "patch_embed5.",
     "blocks.": "blocks4.",
 }
+ENCODER_PARTS = re.compile(r"(patch_embed|blocks)\d|stage\d+_output_decode|(cls_token|pos_embed)")
 DECODER_NAMES = {
     "embed.": "decoder_embed.",
     "blocks.": "decoder_blocks.",
@@ -59,6 +60,7 @@ class ImportReport:
         loaded: published name and the name here, of each tensor taken over.
         computed: positions, which were compared with the table that is computed here.
         unused: tensors that this part has no use for.
+        precision: number formats among the source's tensors other than float32, which all become.
     """
 
     part: str
@@ -66,13 +68,15 @@ class ImportReport:
     loaded: dict[str, str] = field(default_factory=dict)
     computed: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    precision: str = ""
 
     def __str__(self) -> str:
+        rounded = f"; the file holds {self.precision}, written as float32" if self.precision else ""
         more = f" and {len(self.unused) - 3} more" if len(self.unused) > 3 else ""
         return (
             f"MiM {self.size}: {len(self.loaded)} tensors loaded into {self.part}, "
             f"{len(self.computed)} computed anew and equal ({', '.join(self.computed) or 'none'}), "
-            f"{len(self.unused)} unused ({', '.join(self.unused[:3]) or 'none'}{more})"
+            f"{len(self.unused)} unused ({', '.join(self.unused[:3]) or 'none'}{more}){rounded}"
         )
 
 
@@ -106,8 +110,8 @@ def import_mim_encoder(state_dict: Mapping[str, Tensor]) -> tuple[ConvViT, Impor
         ``ConvViT`` with ``fusion`` and without a fifth stage, and the report.
 
     Raises:
-        ValueError: naming the first tensor that is missing or has another shape, or when the positions are not the
-            fixed sine-cosine table.
+        ValueError: naming the first tensor that is missing, unknown in an encoder or has another shape, or when the
+            positions are not the fixed sine-cosine table.
     """
     source = _without_wrapper(state_dict)
     size = mim_size(source)
@@ -116,6 +120,13 @@ def import_mim_encoder(state_dict: Mapping[str, Tensor]) -> tuple[ConvViT, Impor
     report = ImportReport("ConvViT", size)
     _check_positions(source, "pos_embed", report)
     _load(encoder, source, ENCODER_NAMES, report)
+    unknown = [name for name in report.unused if ENCODER_PARTS.match(name)]
+    if unknown:
+        raise ValueError(
+            f"its encoder holds tensors that MiM {size} has no place for ({len(unknown)}, first: {unknown[0]}): it is "
+            "deeper or has other parts (--sr_ratio 2 of the public code) than the published networks, and cannot be "
+            "taken over"
+        )
     return encoder, report
 
 
@@ -201,4 +212,6 @@ def _load(network: nn.Module, source: Mapping[str, Tensor], names: Mapping[str, 
         count = f"{len(faults)} tensor{' does' if len(faults) == 1 else 's do'} not fit"
         raise ValueError(f"{count} {report.part} of size {report.size}, first: {faults[0]}")
     network.load_state_dict(target, strict=True)
+    halves = {str(value.dtype).removeprefix("torch.") for value in source.values() if value.is_floating_point()}
+    report.precision = ", ".join(sorted(halves - {"float32"}))
     report.unused = [name for name in source if name not in report.loaded and name not in report.computed]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     """State dict of a checkpoint, and its description when it is one of ours.
 
     The state dict may be the file's content itself, or stand under ``state_dict``, ``model`` or ``network``. Files of
-    PyTorch are read with ``weights_only=True``: code in a pickle is never run. Safetensors are told by their content,
+    PyTorch are read with ``weights_only=True``: code in a pickle is never run; an ``argparse.Namespace`` beside the
+    state dict does no harm. Safetensors are told by their content,
     not by the file's name.
 
     Raises:
@@ -160,7 +162,8 @@ def _read(path: str | Path) -> Any:
             return _read_safetensors(path)
         if head[:2] == b"PK":  # a zip, which all but very old versions of PyTorch write
             check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):  # the options of a training script, often saved beside
+            return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise ValueError(f"{path}: reading it {SAFETENSORS_NEEDED}") from error
     except Exception as error:  # a damaged file makes torch raise anything, also IndexError or struct.error

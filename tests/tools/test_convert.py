@@ -1,7 +1,9 @@
 """``python -m tools convert mim``: a checkpoint of the public code becomes an encoder.pt."""
 
+import argparse
 import json
 import os
+import re
 import zlib
 from math import prod
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 import torch
 
 from medmim import build_encoder
+from medmim.mim_import import ENCODER_NAMES, POINTWISE, _published_name
+from medmim.networks import ConvViT
 from tools.convert import convert
 
 GOLDEN = Path(os.environ.get("MEDMIM_TEST_DATA", "/nowhere")) / "golden"
@@ -46,6 +50,88 @@ def test_converted_encoder_gives_the_published_latents(tmp_path, capsys):
         latent = build_encoder(tmp_path / "encoder.pt").eval()(x, mask)[0]
     expected = torch.from_numpy(golden["latent"])[0][torch.from_numpy(golden["ids_keep"])[0].argsort()]
     assert torch.linalg.vector_norm(latent - expected) < 1e-4 * torch.linalg.vector_norm(expected)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """Writes ``mim.pth`` as the public code's ``save_model`` does, with all that stands beside the model."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(change=lambda tensors: tensors, **args):
+        encoder = ConvViT.tiny(fifth_stage=False)
+        tensors = {_published_name(name, ENCODER_NAMES): value for name, value in encoder.state_dict().items()}
+        for name, value in tensors.items():
+            if re.search(POINTWISE, name) and name.startswith(("blocks1.", "blocks2.", "blocks3.")):
+                tensors[name] = value[..., None, None, None]
+        network = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.AdamW(network.parameters())
+        network(torch.rand(1, 2)).sum().backward()
+        optimizer.step()
+        content = {
+            "model": change(tensors),
+            "optimizer": optimizer.state_dict(),
+            "epoch": 7,
+            "scaler": torch.amp.GradScaler("cpu").state_dict(),
+            "args": argparse.Namespace(**{"batch_size": 4, "data": ["a", None], "norm_pix_loss": True} | args),
+        }
+        torch.save(content, "mim.pth")
+        return encoder
+
+    return write
+
+
+def test_all_that_the_public_code_saves(checkpoint, capsys):
+    encoder = checkpoint()
+    convert("mim", "mim.pth")
+    assert "242 tensors loaded into ConvViT, 0 computed anew and equal (none), 0 unused" in capsys.readouterr().out
+    found = build_encoder("encoder.pt").state_dict()
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(found[name], value), name
+
+
+def test_half_precision_is_told(checkpoint, capsys):
+    checkpoint(lambda tensors: {name: value.half() for name, value in tensors.items()})
+    convert("mim", "mim.pth")
+    assert "the file holds float16, written as float32" in capsys.readouterr().out
+    assert {value.dtype for value in build_encoder("encoder.pt").state_dict().values()} == {torch.float32}
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"args": Code()}, "it holds the Python object print, and code is never run"),
+        ({"args": Path("a")}, "it holds the Python object pathlib"),
+        (
+            {"change": lambda tensors: tensors | {"blocks4.11.norm1.weight": torch.ones(96)}},
+            "its encoder holds tensors that MiM tiny has no place for (1, first: blocks4.11.norm1.weight): it is",
+        ),
+        (
+            {"change": lambda tensors: tensors | {"module.blocks4.0.attn.sr.weight": torch.ones(96)}},
+            "first: blocks4.0.attn.sr.weight): it is deeper or has other parts (--sr_ratio 2 of the public code)",
+        ),
+        (
+            {"change": lambda t: t | {"patch_embed1.proj.weight": t["patch_embed1.proj.weight"].repeat(1, 2, 1, 1, 1)}},
+            "its encoder has 2 channels, but preset mim_ct has 1 (CT): give the preset of its scans (--dataset)",
+        ),
+    ],
+    ids=["code", "path", "deeper", "multi-scale", "channels"],
+)
+def test_what_is_no_published_network_is_refused(checkpoint, options, message, record_property, capsys):
+    args = {"holder": options["args"]} if "args" in options else {}
+    checkpoint(options.get("change", lambda tensors: tensors), **args)
+    with pytest.raises(SystemExit) as error:
+        convert("mim", "mim.pth")
+    record_property("error", str(error.value))
+    assert str(error.value).startswith("error: mim.pth: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "this ran" not in capsys.readouterr().out
+    assert not Path("encoder.pt").exists()
 
 
 @pytest.mark.parametrize(
