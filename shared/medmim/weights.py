@@ -229,7 +229,7 @@ def _check_architecture(
         return
     told = [f"{key} {theirs[key]}, expected {ours[key]}" for key in different]
     told += [count_faults(faults)] if faults else []
-    knobs = " ".join(as_knob(dict(kind.knobs).get(key, key), theirs[key]) for key in different)
+    knobs = " ".join(as_knob(dict(kind.knobs).get(key, key), theirs[key]) for key in different if key != "spatial_dims")
     raise ValueError(
         f"{path}: another architecture than the network's: {'; '.join(told)}."
         + (f" The file was made with {knobs}" if knobs else "")
