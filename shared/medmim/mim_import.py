@@ -33,7 +33,9 @@ ENCODER_NAMES = {
     "token_embedding.": "patch_embed5.",
     "blocks.": "blocks4.",
 }
-ENCODER_PARTS = re.compile(r"(patch_embed|blocks)\d|stage\d+_output_decode|(cls_token|pos_embed)")
+ENCODER_PARTS = re.compile(r"patch_embed|blocks|stage\d+_output_decode|norm|cls_token|pos_embed")
+DECODER_PARTS = re.compile(r"decoder_|mask_token")
+ADVICE = "give a pre-training checkpoint of the public code, made with the published sizes"
 DECODER_NAMES = {
     "embed.": "decoder_embed.",
     "blocks.": "decoder_blocks.",
@@ -60,7 +62,7 @@ class ImportReport:
         loaded: published name and the name here, of each tensor taken over.
         computed: positions, which were compared with the table that is computed here.
         unused: tensors that this part has no use for.
-        precision: number formats among the source's tensors other than float32, which all become.
+        precision: number formats other than float32 among the tensors taken over, which all become float32.
     """
 
     part: str
@@ -90,14 +92,14 @@ def mim_size(state_dict: Mapping[str, Tensor]) -> str:
     if any(stem is None for stem in stems):
         raise ValueError(
             "not a checkpoint of the public MiM code: it lacks patch_embed1.proj.weight … patch_embed4.proj.weight, "
-            f"its first tensor is {next(iter(state_dict), 'none')}"
+            f"its first tensor is {next(iter(state_dict), 'none')}: {ADVICE}"
         )
-    found = tuple(len(stem) for stem in stems if stem is not None)
+    found = tuple(stem.shape[0] if stem.ndim else 0 for stem in stems if stem is not None)
     for size, options in SIZES.items():
         if options["embed_dims"] == found:
             return size
     known = ", ".join(f"{options['embed_dims']} ({size})" for size, options in SIZES.items())
-    raise ValueError(f"the published encoder has features {found}, known are {known}")
+    raise ValueError(f"the published encoder has features {found}, known are {known}: {ADVICE}")
 
 
 def import_mim_encoder(state_dict: Mapping[str, Tensor]) -> tuple[ConvViT, ImportReport]:
@@ -116,17 +118,12 @@ def import_mim_encoder(state_dict: Mapping[str, Tensor]) -> tuple[ConvViT, Impor
     source = _without_wrapper(state_dict)
     size = mim_size(source)
     stem = source["patch_embed1.proj.weight"]
-    encoder = ConvViT(in_channels=stem.shape[1], fifth_stage=False, **SIZES[size])
+    in_channels = stem.shape[1] if stem.ndim == 5 else 1  # of another one the shape is told below
+    encoder = ConvViT(in_channels=in_channels, fifth_stage=False, **SIZES[size])
     report = ImportReport("ConvViT", size)
     _check_positions(source, "pos_embed", report)
     _load(encoder, source, ENCODER_NAMES, report)
-    unknown = [name for name in report.unused if ENCODER_PARTS.match(name)]
-    if unknown:
-        raise ValueError(
-            f"its encoder holds tensors that MiM {size} has no place for ({len(unknown)}, first: {unknown[0]}): it is "
-            "deeper or has other parts (--sr_ratio 2 of the public code) than the published networks, and cannot be "
-            "taken over"
-        )
+    _refuse_unknown(ENCODER_PARTS, "encoder", report)
     return encoder, report
 
 
@@ -140,8 +137,8 @@ def import_mim_decoder(state_dict: Mapping[str, Tensor]) -> tuple[TransformerDec
         ``TransformerDecoder`` and the report.
 
     Raises:
-        ValueError: naming the first tensor that is missing or has another shape, or when the positions are not the
-            fixed sine-cosine table.
+        ValueError: naming the first tensor that is missing, unknown in a decoder or has another shape, or when the
+            positions are not the fixed sine-cosine table.
     """
     source = _without_wrapper(state_dict)
     report = ImportReport("TransformerDecoder", mim_size(source))
@@ -159,6 +156,7 @@ def import_mim_decoder(state_dict: Mapping[str, Tensor]) -> tuple[TransformerDec
     )
     _check_positions(source, "decoder_pos_embed", report)
     _load(decoder, source, DECODER_NAMES, report)
+    _refuse_unknown(DECODER_PARTS, "decoder", report)
     return decoder, report
 
 
@@ -173,12 +171,24 @@ def _check_positions(source: Mapping[str, Tensor], name: str, report: ImportRepo
     if positions is None:
         return
     expected = sincos_position_embedding([size // 16 for size in IMG_SIZE], positions.shape[-1])
-    if positions.shape != expected.shape or not torch.allclose(positions.float(), expected, atol=1e-3):
+    rounding = torch.finfo(positions.dtype).eps if positions.is_floating_point() else 0.0
+    if positions.shape != expected.shape or not torch.allclose(positions.float(), expected, atol=max(1e-3, rounding)):
         raise ValueError(
             f"{name} of shape {tuple(positions.shape)} is not the fixed sine-cosine table of 6 x 6 x 6 tokens: "
             "positions that were learned, or of another grid, cannot be taken over; give a pre-training checkpoint"
         )
     report.computed.append(name)
+
+
+def _refuse_unknown(parts: re.Pattern[str], what: str, report: ImportReport) -> None:
+    """Refuse tensors that are of this part and were not taken over: their network computes something else."""
+    unknown = [name for name in report.unused if parts.match(name)]
+    if unknown:
+        raise ValueError(
+            f"its {what} holds tensors that MiM {report.size} has no place for ({len(unknown)}, first: {unknown[0]}), "
+            f"expected the {len(report.loaded)} of the published network alone: it is deeper or has other parts "
+            f"(--sr_ratio 2 of the public code); {ADVICE}"
+        )
 
 
 def _published_name(name: str, beginnings: Mapping[str, str]) -> str:
@@ -206,12 +216,18 @@ def _load(network: nn.Module, source: Mapping[str, Tensor], names: Mapping[str, 
         if (tuple(found.shape[:2]) if matrix and found.shape[2:] == (1, 1, 1) else tuple(found.shape)) != value.shape:
             faults.append(f"{published} is {tuple(found.shape)}, expected {tuple(value.shape)}")
             continue
+        if not found.is_floating_point():
+            faults.append(f"{published} is {_format(found)}, expected floating point")
+            continue
         target[name] = found.reshape(value.shape)
         report.loaded[published] = name
     if faults:
         count = f"{len(faults)} tensor{' does' if len(faults) == 1 else 's do'} not fit"
-        raise ValueError(f"{count} {report.part} of size {report.size}, first: {faults[0]}")
+        raise ValueError(f"{count} {report.part} of size {report.size}, first: {faults[0]}: {ADVICE}")
     network.load_state_dict(target, strict=True)
-    halves = {str(value.dtype).removeprefix("torch.") for value in source.values() if value.is_floating_point()}
-    report.precision = ", ".join(sorted(halves - {"float32"}))
+    report.precision = ", ".join(sorted({_format(source[name]) for name in report.loaded} - {"float32"}))
     report.unused = [name for name in source if name not in report.loaded and name not in report.computed]
+
+
+def _format(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

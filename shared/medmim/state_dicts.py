@@ -6,7 +6,9 @@ import json
 import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from medmim.files import check_archive, replace_file
 
 NESTED_KEYS = ("state_dict", "model", "network")
 WRAPPERS = r"^(?:module\.|_orig_mod\.)+"  # what DistributedDataParallel and torch.compile put before each name
+_ALLOWING = Lock()  # what torch.load may build is one set for the whole process
 SAFETENSORS_NEEDED = "needs the package safetensors: pip install safetensors"
 
 
@@ -25,9 +28,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     """State dict of a checkpoint, and its description when it is one of ours.
 
     The state dict may be the file's content itself, or stand under ``state_dict``, ``model`` or ``network``. Files of
-    PyTorch are read with ``weights_only=True``: code in a pickle is never run; an ``argparse.Namespace`` beside the
-    state dict does no harm. Safetensors are told by their content,
-    not by the file's name.
+    PyTorch are read with ``weights_only=True``: code in a pickle is never run; an ``argparse.Namespace`` of plain
+    values beside the state dict does no harm. Safetensors are told by their content, not by the file's name.
 
     Raises:
         ValueError: when the file is missing, damaged, holds code, no tensors are found, or another version of this
@@ -162,13 +164,20 @@ def _read(path: str | Path) -> Any:
             return _read_safetensors(path)
         if head[:2] == b"PK":  # a zip, which all but very old versions of PyTorch write
             check_archive(path)
-        with torch.serialization.safe_globals([Namespace]):  # the options of a training script, often saved beside
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return _load_plainly(path)
     except ImportError as error:
         raise ValueError(f"{path}: reading it {SAFETENSORS_NEEDED}") from error
     except Exception as error:  # a damaged file makes torch raise anything, also IndexError or struct.error
         reason, advice = _diagnose(head, str(error))
         raise ValueError(f"{path}: not readable as a checkpoint of plain tensors ({reason}): {advice}") from error
+
+
+def _load_plainly(path: Path) -> Any:
+    """``torch.load`` without code, which takes a Namespace too: training scripts often save their options so."""
+    with _ALLOWING:  # else one thread would take the permission back while another reads
+        allowed = Namespace in torch.serialization.get_safe_globals()  # by the caller, and stays so
+        with nullcontext() if allowed else torch.serialization.safe_globals([Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

@@ -160,7 +160,19 @@ def test_without_positions_and_alignment(tiny):
         ("pos_embed", lambda v: v + 0.1, r"pos_embed of shape \(1, 216, 96\) is not the fixed sine-cosine table"),
         ("pos_embed", lambda v: v[:, :-1], r"pos_embed of shape \(1, 215, 96\) is not the fixed sine-cosine table"),
         ("patch_embed4.proj.weight", lambda v: v[:90], r"features \(12, 24, 48, 90\), known are \(12, 24, 48, 96\)"),
+        (
+            "patch_embed4.proj.weight",
+            lambda v: v.sum(),
+            r"features \(12, 24, 48, 0\), known are .*: give a pre-training",
+        ),
         ("patch_embed2.proj.weight", None, "not a checkpoint of the public MiM code: it lacks patch_embed1"),
+        (
+            "patch_embed1.proj.weight",
+            lambda v: v[:, 0, 0, 0, 0],
+            r"first: patch_embed1.proj.weight is \(12,\), expected \(12, 1, 2, 2, 2\): give a pre-training checkpoint",
+        ),
+        ("blocks4.3.mlp.fc1.bias", lambda v: v.to(torch.int8), "blocks4.3.mlp.fc1.bias is int8, expected floating poi"),
+        ("norm.weight", lambda v: v.to(torch.complex64), "first: norm.weight is complex64, expected floating point"),
     ],
 )
 def test_an_encoder_that_does_not_fit_is_refused(tiny, name, change, message):
@@ -171,6 +183,46 @@ def test_an_encoder_that_does_not_fit_is_refused(tiny, name, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         import_mim_encoder(broken)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("encoder", [f"blocks4.11.{name}" for name in ("norm1.weight", "attn.qkv.weight", "mlp.fc2.bias")]),
+        ("encoder", ["blocks1.0.attn.sr.weight", "blocks1.0.attn.sr.bias"]),
+        ("encoder", ["blocks3.2.conv1.weight"]),
+        ("encoder", ["patch_embed6.proj.weight"]),
+        ("encoder", ["stage4_output_decode.weight"]),
+        ("encoder", ["norm.running_mean"]),
+        ("encoder", ["pos_embed2"]),
+        ("decoder", ["decoder_blocks.0.attn.sr.weight"]),
+    ],
+)
+def test_tensors_of_another_network_are_refused(tiny, what, names):
+    import_part = {"encoder": import_mim_encoder, "decoder": import_mim_decoder}[what]
+    count = len(import_part(tiny)[1].loaded)
+    with pytest.raises(ValueError, match=what) as caught:
+        import_part(tiny | {f"module.{name}": torch.ones(96) for name in names})
+    assert str(caught.value) == (
+        f"its {what} holds tensors that MiM tiny has no place for ({len(names)}, first: {names[0]}), expected the "
+        f"{count} of the published network alone: it is deeper or has other parts (--sr_ratio 2 of the public code); "
+        "give a pre-training checkpoint of the public code, made with the published sizes"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precision_is_taken_over_and_told(tiny, dtype):
+    """Also that of the positions, which are compared with a table of full precision."""
+    encoder, report = import_mim_encoder({name: value.to(dtype) for name, value in tiny.items()})
+    assert report.computed == ["pos_embed"]
+    assert str(report).endswith(f"; the file holds {str(dtype).removeprefix('torch.')}, written as float32")
+    assert {value.dtype for value in encoder.state_dict().values()} == {torch.float32}
+    assert torch.equal(encoder.norm.weight, tiny["norm.weight"].to(dtype).float())
+
+
+def test_precision_of_what_is_not_taken_over_is_not_told(tiny):
+    name = "decoder_norm.weight"
+    assert import_mim_encoder(tiny | {name: tiny[name].half()})[1].precision == ""
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import io
 import pickle
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +82,7 @@ def test_helper_that_nothing_is_refused_without_reason(tmp_path):
         ({"hidden_size": 48}, "--hidden_size 48"),
         ({"mlp_dim": 64}, "--mlp_dim 64"),
         ({"qkv_bias": True}, "--qkv_bias True"),
-        ({"img_size": (16, 24)}, "--patch_size 8 --spatial_dims 2"),
+        ({"img_size": (16, 24)}, "--patch_size 8"),
     ],
 )
 def test_another_vit(refused, tmp_path, arguments, told, described):
@@ -237,6 +239,38 @@ def test_code_is_not_run(refused, tmp_path):
     assert not (tmp_path / "bang").exists()
     pickle.loads(pickle.dumps(bomb)).close()
     assert (tmp_path / "bang").exists()
+
+
+def test_options_of_a_training_script_are_passed_over(refused, tmp_path):
+    """Many scripts save their ``args`` beside the weights; code inside is refused as anywhere else."""
+    plain = Namespace(lr=1e-4, sizes=[1, (2, None)], name="a", nested=Namespace(amp=True), more={"a": -1})
+    for form in ("zip", "legacy"):
+        (tmp_path / "args.pt").write_bytes(in_form(form, {"model": vit().state_dict(), "args": plain}))
+        assert len(load_encoder(vit(), tmp_path / "args.pt").loaded) == 31
+    for number, options in enumerate(
+        (Namespace(a=Bomb(tmp_path / "bang")), Namespace(a=Namespace(b=[Bomb(tmp_path / "bang")])))
+    ):
+        message = refused(vit(), {"model": vit().state_dict(), "args": options}, f"{number}.pt")
+        assert message == (
+            f"{UNREADABLE} (it holds the Python object io.open, and code is never run): "
+            "save its state dict alone and give that file"
+        )
+    assert not (tmp_path / "bang").exists()
+
+
+def test_reading_changes_nothing_of_what_torch_may_load(tmp_path):
+    torch.save({"model": {"a": torch.ones(2)}, "args": Namespace(a=1)}, tmp_path / "w.pt")
+    read_checkpoint(tmp_path / "w.pt")
+    assert Namespace not in torch.serialization.get_safe_globals()
+    with torch.serialization.safe_globals([Namespace]):
+        read_checkpoint(tmp_path / "w.pt")
+        assert Namespace in torch.serialization.get_safe_globals()
+
+
+def test_options_of_a_training_script_are_read_by_several_threads_at_once(tmp_path):
+    torch.save({"a": torch.ones(2), "args": [Namespace(a=1) for _ in range(300)]}, tmp_path / "w.pt")
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(lambda _: "a" in read_checkpoint(tmp_path / "w.pt")[0], range(80)))
 
 
 def test_whole_modules_and_numpy_values(refused):

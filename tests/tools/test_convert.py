@@ -108,11 +108,11 @@ class Code:
         ({"args": Path("a")}, "it holds the Python object pathlib"),
         (
             {"change": lambda tensors: tensors | {"blocks4.11.norm1.weight": torch.ones(96)}},
-            "its encoder holds tensors that MiM tiny has no place for (1, first: blocks4.11.norm1.weight): it is",
+            "its encoder holds tensors that MiM tiny has no place for (1, first: blocks4.11.norm1.weight), exp",
         ),
         (
             {"change": lambda tensors: tensors | {"module.blocks4.0.attn.sr.weight": torch.ones(96)}},
-            "first: blocks4.0.attn.sr.weight): it is deeper or has other parts (--sr_ratio 2 of the public code)",
+            "first: blocks4.0.attn.sr.weight), expected the 242 of the published network alone: it is deeper",
         ),
         (
             {"change": lambda t: t | {"patch_embed1.proj.weight": t["patch_embed1.proj.weight"].repeat(1, 2, 1, 1, 1)}},
