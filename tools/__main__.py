@@ -3,6 +3,7 @@
 import fire
 
 from tools.benchmark import benchmark
+from tools.configs import configs
 from tools.convert import convert
 from tools.download import download
 from tools.export import export
@@ -15,5 +16,6 @@ if __name__ == "__main__":
         "export": export,
         "convert": convert,
         "benchmark": benchmark,
+        "configs": configs,
     }
     fire.Fire(commands, name="python -m tools")
