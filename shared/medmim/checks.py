@@ -20,9 +20,11 @@ from monai.utils import ensure_tuple_rep
 from medmim.datalists import find_items, load_datalist
 from medmim.datasets import Preset, get_preset
 from medmim.description import read_description, read_preset
+from medmim.encoders import KINDS
 from medmim.folders import check_writable
 from medmim.networks.patches import grid_size
 from medmim.scan_checks import check_scans
+from medmim.state_dicts import as_knob
 from medmim.transforms import hidden_count
 from medmim.weights import read_checkpoint
 
@@ -55,7 +57,7 @@ def check_knobs(
         numbers: name, and then the value, the lowest and the highest allowed number; with a fourth entry ``None``,
             the value may be ``None``.
         one_of: name, and then the value followed by the allowed ones.
-        divisible: name, and then the value, or a list of values, and a number that must divide each of them.
+        divisible: name, and then the value, or a list of values, and numbers that must divide each of them.
 
     Raises:
         ValueError: one line for each fault.
@@ -74,11 +76,34 @@ def check_knobs(
     for name, (value, *allowed) in (one_of or {}).items():
         if value not in allowed:
             faults.append(f"--{name} {value}: expected {' or '.join(map(str, allowed))}")
-    for name, (value, divisor) in (divisible or {}).items():
+    for name, (value, *divisors) in (divisible or {}).items():
         values = value if isinstance(value, list | tuple) else [value]
-        if all(map(is_whole, [*values, divisor])) and divisor > 0 and any(number % divisor for number in values):
-            expected = f"multiples of {divisor}" if values is value else f"a multiple of {divisor}"
-            faults.append(f"--{name} {value}: expected {expected}")
+        for divisor in divisors:
+            if all(map(is_whole, [*values, divisor])) and divisor > 0 and any(number % divisor for number in values):
+                expected = f"multiples of {divisor}" if values is value else f"a multiple of {divisor}"
+                faults.append(f"--{name} {value}: expected {expected}")
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def check_swin(feature_size: Any, depths: Any, num_heads: Any) -> None:
+    """Check the sizes of a Swin: four stages, whose features double and must divide among the attention heads.
+
+    Raises:
+        ValueError: one line for each fault, naming the knob and the numbers.
+    """
+    faults = [
+        f"--{knob} {values}: expected 4 whole numbers of at least 1, for the stages"
+        for knob, values in (("depths", depths), ("num_heads", num_heads))
+        if not isinstance(values, list | tuple) or not are_sizes(values, 4)
+    ]
+    if not faults and is_whole(feature_size) and feature_size > 0:  # check_knobs says so otherwise
+        features = [feature_size * 2**stage for stage in range(4)]
+        if any(size % heads for size, heads in zip(features, num_heads, strict=True)):
+            faults.append(
+                f"--feature_size {feature_size} gives the stages {features} features, which --num_heads {num_heads} "
+                "must divide, number by number"
+            )
     if faults:
         raise ValueError("\n".join(faults))
 
@@ -112,9 +137,9 @@ def check_device(device: Any) -> None:
         ) from error
 
 
-def check_preset(dataset: Any) -> None:
-    """Refuse a ``--dataset`` that is no preset; see :func:`medmim.datasets.get_preset`."""
-    get_preset(dataset)
+def check_preset(dataset: Any, spacing_factor: Any = 1.0) -> None:
+    """Refuse a ``--dataset`` that is no preset, or a factor it cannot take; see :func:`medmim.datasets.get_preset`."""
+    get_preset(dataset, spacing_factor)
 
 
 def check_data(
@@ -180,7 +205,11 @@ def check_labels(preset: Preset) -> None:
 
 
 def check_encoder(
-    path: str | None, preset: Preset, allow_other_preset: Any = False, knobs: Mapping[str, Any] | None = None
+    path: str | None,
+    preset: Preset,
+    allow_other_preset: Any = False,
+    knobs: Mapping[str, Any] | None = None,
+    encoder_class: str | None = None,
 ) -> None:
     """Compare an ``encoder.pt`` with the run that is to start from it: the data it has seen, and its architecture.
 
@@ -188,7 +217,8 @@ def check_encoder(
         path: the file; nothing is compared when it carries no description, and nothing is done without a path.
         preset: of this run.
         allow_other_preset: whether channels, spacing and intensities may be others than in pre-training.
-        knobs: of the network of this run, under the names that MONAI's networks use.
+        knobs: of the network of this run, under the names of the encoder's constructor arguments.
+        encoder_class: name of the class that the network of this run takes; ``None`` leaves it to the loader.
 
     Raises:
         ValueError: one line for each fault.
@@ -204,16 +234,25 @@ def check_encoder(
         different = [name for name in ("channels", "spacing", "window", "z_score") if theirs.get(name) != ours[name]]
         if different:
             found = ", ".join(f"{name} {theirs.get(name)} (this run {ours[name]})" for name in different)
+            how = "--dataset, --spacing_factor" if "spacing" in different else "--dataset"
             faults.append(
                 f"--pretrained_encoder {path}: pre-trained with preset {theirs['name']}: {found}: prepare the scans "
-                "alike (--dataset), or give --allow_other_preset true"
+                f"alike ({how}), or give --allow_other_preset true"
             )
-    made_with = description["network"]["arguments"]
+    made_with, found_class = description["network"]["arguments"], description["network"]["name"]
+    kinds = {kind.name: kind for kind in KINDS}
+    if encoder_class is not None and found_class in kinds and found_class != encoder_class:
+        faults.append(
+            f"--pretrained_encoder {path}: holds a {found_class}, but this network's encoder is a {encoder_class}: "
+            f"give a file of a {encoder_class}"
+        )
+        raise ValueError("\n".join(faults))  # to compare their arguments would say nothing
+    renamed = dict(kinds[found_class].knobs) if found_class in kinds else {}
     wrong = [
         name for name, value in (knobs or {}).items() if name in made_with and _sizes(made_with[name]) != _sizes(value)
     ]
     if wrong:
-        give = " ".join(f"--{name} {_knob(made_with[name])}" for name in wrong)
+        give = " ".join(as_knob(renamed.get(name, name), made_with[name]) for name in wrong)
         faults.append(f"--pretrained_encoder {path}: another architecture than this run's: give {give}")
     if faults:
         raise ValueError("\n".join(faults))
@@ -334,8 +373,3 @@ def are_sizes(value: Any, axes: int) -> bool:
 def _sizes(value: Any) -> Any:
     """One number for all axes when they are equal."""
     return value[0] if isinstance(value, list | tuple) and len(set(value)) == 1 else value
-
-
-def _knob(value: Any) -> str:
-    value = _sizes(value)
-    return f'"{list(value)}"' if isinstance(value, list | tuple) else str(value)

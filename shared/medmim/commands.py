@@ -34,6 +34,7 @@ from medmim import (
     phantom,
     scan_checks,
     scan_datasets,
+    swin_checks,
     weights,
 )
 from medmim.datalists import Datalist
@@ -246,6 +247,7 @@ check_inference = lists_faults(checks.check_inference)
 check_knobs = lists_faults(checks.check_knobs)
 check_labels = lists_faults(checks.check_labels)
 check_levels = lists_faults(mim_checks.check_levels)
+check_pairs = lists_faults(scan_checks.check_pairs)
 check_paths = lists_faults(folders.check_paths)
 check_preset = lists_faults(checks.check_preset)
 check_processes = lists_faults(command_line.check_processes)
@@ -254,6 +256,8 @@ check_same_dataset = ends_plainly(checks.check_same_dataset)
 check_schedule = lists_faults(checks.check_schedule)
 check_scans = lists_faults(scan_checks.check_scans)
 check_sizes = lists_faults(checks.check_sizes)
+check_swin = lists_faults(checks.check_swin)
+check_swin_roi = lists_faults(swin_checks.check_swin_roi)
 check_switches = lists_faults(checks.check_switches)
 checkpoint_activations = ends_plainly(networks.checkpoint_activations)
 freeze_encoder = ends_plainly(optim.freeze_encoder)

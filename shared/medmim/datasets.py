@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from importlib.resources import files
 from math import isfinite
@@ -183,15 +183,32 @@ def preset_table() -> dict[str, Preset]:
     return {name: Preset.from_dict(name, body) for name, body in entries.items()}
 
 
-def get_preset(name: str) -> Preset:
+def get_preset(name: str, spacing_factor: float = 1.0) -> Preset:
     """Preset by name, or from a YAML file of the user.
 
     Args:
         name: name of a preset of the package, or path of a ``.yaml`` file with the fields of one entry.
+        spacing_factor: voxels this much larger than the preset's along each axis (image resolution; Chen et al.,
+            WACV 2023, study it); all else stays, so a region of interest covers more of the body.
 
     Raises:
-        ValueError: when it is unknown (nearest names offered), or the file is missing or faulty.
+        ValueError: when it is unknown (nearest names offered), the file is missing or faulty, or the factor is no
+            number above 0 or finds no spacing to multiply.
     """
+    preset = _find_preset(name)
+    if not _is_number(spacing_factor) or spacing_factor <= 0:
+        raise ValueError(f"--spacing_factor {spacing_factor}: expected a number above 0")
+    if spacing_factor == 1:
+        return preset
+    if preset.spacing is None:
+        raise ValueError(
+            f"--spacing_factor {spacing_factor}: preset {preset.name} keeps each scan's own spacing: leave the factor "
+            "away, or give a preset with a spacing (--dataset)"
+        )
+    return replace(preset, spacing=tuple(spacing * spacing_factor for spacing in preset.spacing))
+
+
+def _find_preset(name: str) -> Preset:
     if str(name).endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():

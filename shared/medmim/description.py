@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from monai.networks.nets import ViT
+from monai.networks.nets import SwinUNETR, ViT
+from monai.networks.nets.swin_unetr import SwinTransformer
 from torch import nn
 
 from medmim.datasets import Preset
-from medmim.encoders import KINDS, describe_convvit, describe_vit, kind_of
+from medmim.encoders import KINDS, describe_convvit, describe_swin, describe_vit, kind_of
 from medmim.files import replace_file
 from medmim.networks import UNETR, ConvViT, ConvViTUNETR, FeatureExtractor
 from medmim.version import FORMAT_VERSION, __version__
@@ -32,7 +33,7 @@ def describe_network(network: nn.Module, img_size: Sequence[int]) -> dict[str, A
 
     Args:
         network: MONAI ``ViT`` or ``SwinTransformer``, or ``ConvViT``, ``FeatureExtractor``, ``UNETR`` or
-            ``ConvViTUNETR`` of this package.
+            ``ConvViTUNETR`` of this package, or MONAI's ``SwinUNETR``.
         img_size: voxels along each axis that it was built for.
 
     Raises:
@@ -44,7 +45,7 @@ def describe_network(network: nn.Module, img_size: Sequence[int]) -> dict[str, A
     if isinstance(network, FeatureExtractor):
         inside = describe_network(network.encoder, img_size)
         own = {} if inside["name"] == "ViT" else {"encoder": inside["name"]}
-        return {"name": "FeatureExtractor", "arguments": own | inside["arguments"]}
+        return {"name": "FeatureExtractor", "arguments": own | inside["arguments"] | {"img_size": list(img_size)}}
     if isinstance(network, UNETR):
         head = network.out.conv.conv
         own = {"out_channels": head.out_channels, "feature_size": head.in_channels, "norm_name": network.norm_name}
@@ -54,6 +55,8 @@ def describe_network(network: nn.Module, img_size: Sequence[int]) -> dict[str, A
         arguments = {key: value for key, value in sizes.items() if key not in ("fusion", "fifth_stage", "mlp_ratio")}
         own = {"out_channels": network.out.conv.conv.out_channels, "norm_name": network.norm_name}
         return {"name": "ConvViTUNETR", "arguments": arguments | own}
+    if isinstance(network, SwinUNETR):
+        return {"name": "SwinUNETR", "arguments": _describe_swin_unetr(network, img_size)}
     raise ValueError(f"cannot describe a {type(network).__name__}: expected {', '.join(BUILDERS)}")
 
 
@@ -91,14 +94,36 @@ def name_data(description: dict[str, Any] | None, path: str | Path) -> list[dict
 
 
 def _build_feature_extractor(encoder: str = "ViT", **arguments: Any) -> FeatureExtractor:
+    if encoder == "SwinTransformer":  # takes any size
+        img_size = arguments.pop("img_size")
+        return FeatureExtractor(SwinTransformer(**arguments), img_size)
     encoder_class: Any = {"ViT": ViT, "ConvViT": ConvViT}[encoder]
     return FeatureExtractor(encoder_class(**arguments), arguments["img_size"])
+
+
+def _describe_swin_unetr(network: SwinUNETR, img_size: Sequence[int]) -> dict[str, Any]:
+    """Arguments of MONAI's constructor, and the voxels that it was trained on; other norms than the default show in
+    the names of the tensors.
+    """
+    sizes = describe_swin(network.swinViT)
+    names = {"in_chans": "in_channels", "embed_dim": "feature_size"}
+    if len(set(sizes["window_size"])) == 1:  # as the knob of the bundle
+        sizes["window_size"] = sizes["window_size"][0]
+    own = {"patch_size": network.patch_size, "normalize": network.normalize, "img_size": list(img_size)}
+    out_channels = network.out.conv.conv.out_channels
+    return {names.get(key, key): value for key, value in sizes.items()} | own | {"out_channels": out_channels}
+
+
+def _build_swin_unetr(img_size: Sequence[int], **arguments: Any) -> SwinUNETR:
+    """It takes any ``img_size``."""
+    return SwinUNETR(**arguments)
 
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {kind.name: kind.build for kind in KINDS} | {
     "FeatureExtractor": _build_feature_extractor,
     "UNETR": UNETR,
     "ConvViTUNETR": ConvViTUNETR,
+    "SwinUNETR": _build_swin_unetr,
 }
 
 

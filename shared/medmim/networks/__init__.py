@@ -7,6 +7,8 @@ from medmim.networks.mask_in_mask import MaskInMask
 from medmim.networks.masked_autoencoder import MaskedAutoencoder
 from medmim.networks.patches import patchify, token_ids, unpatchify
 from medmim.networks.positions import sincos_position_embedding
+from medmim.networks.simclr import SimCLR
+from medmim.networks.simmim import SimMIM
 from medmim.networks.unetr import UNETR
 from medmim.networks.vit import checkpoint_activations
 
@@ -17,6 +19,8 @@ __all__ = [
     "FeatureExtractor",
     "MaskInMask",
     "MaskedAutoencoder",
+    "SimCLR",
+    "SimMIM",
     "checkpoint_activations",
     "patchify",
     "sincos_position_embedding",
