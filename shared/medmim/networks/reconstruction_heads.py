@@ -48,7 +48,9 @@ class TokenHead(nn.Module):
         elif not num_layers:
             self.layers = nn.Sequential(nn.Linear(in_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, out_size))
         else:
-            blocks = [TransformerBlock(hidden_size, 4 * hidden_size, num_heads, qkv_bias=True) for _ in range(num_layers)]
+            blocks = [
+                TransformerBlock(hidden_size, 4 * hidden_size, num_heads, qkv_bias=True) for _ in range(num_layers)
+            ]
             prepare_vit_blocks(nn.ModuleList(blocks))
             embed = nn.Sequential(nn.Linear(in_size, hidden_size), Positions(grid, hidden_size))
             self.layers = nn.Sequential(embed, *blocks, nn.LayerNorm(hidden_size), nn.Linear(hidden_size, out_size))
