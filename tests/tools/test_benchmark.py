@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from tools import benchmark_mae, benchmark_mim
+from tools import benchmark_mae, benchmark_mim, benchmark_simmim
 from tools.benchmark import benchmark
 from tools.measure import print_peak
 
@@ -92,7 +92,7 @@ def test_peak_of_a_process(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pretext": "moco"}, "error: pretext 'moco': expected mae or mim"),
+        ({"pretext": "moco"}, "error: pretext 'moco': expected mae, simmim or mim"),
         ({"pretext": "mim", "size": 96}, "error: --size 96: expected a multiple of 64"),
         ({"dtype": "float16"}, "error: --dtype float16: expected float32 or bfloat16"),
     ],
@@ -100,3 +100,36 @@ def test_peak_of_a_process(monkeypatch, capsys):
 def test_wrong_arguments(arguments, message):
     with pytest.raises(SystemExit, match=re.escape(message)):
         benchmark(**arguments)
+
+
+@pytest.fixture
+def small_swin(small_networks, monkeypatch):
+    sizes = {"embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4), "window_size": (3, 3, 3)}
+    monkeypatch.setattr(benchmark_simmim, "SWIN", sizes)
+
+
+@pytest.mark.parametrize("name", benchmark_simmim.NAMES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_network_hides_as_many_voxels(small_swin, monkeypatch, name, dtype):
+    seen = []
+    real = benchmark_simmim.MaskedReconstructionLoss.forward
+
+    def record(self, prediction, image, mask):
+        seen.append((tuple(prediction.shape), int(mask.sum()), self.norm))
+        return real(self, prediction, image, mask)
+
+    monkeypatch.setattr(benchmark_simmim.MaskedReconstructionLoss, "forward", record)
+    assert benchmark_simmim.training_step(name, 0.75, 2, 64, dtype, "cpu")() > 0
+    assert seen == [((2, 64, 4096), 96, "l2" if name == "mae" else "l1")]
+
+
+def test_a_benchmark_of_simmim_prints_a_line_for_each_network(small_swin, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_simmim, "peak_memory", lambda *arguments: 1.25)
+    benchmark("simmim", mask_ratios=[0.5, 0.75], batch_size=1, size=32, repeats=1)
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^(?:MAE|SimMIM), .* (?:50|75)% .* s  \(.*\) +1\.25$", printed, re.MULTILINE)) == 6
+
+
+def test_a_size_that_no_swin_takes_is_refused():
+    with pytest.raises(SystemExit, match="--size 48: expected a multiple of 32"):
+        benchmark("simmim", size=48)
