@@ -28,6 +28,7 @@ from tools.export_configs import (
     inference_config,
     is_known,
     preset_file,
+    shapes_only,
     stock_arguments,
     train_config,
     yaml_with_check,
@@ -124,7 +125,7 @@ def find_bundle(bundle: str) -> Path:
 def own_description(train: dict[str, Any]) -> dict[str, Any]:
     """Description of the network and preset that a ``train.yaml`` comes to as it stands."""
     parser = ConfigParser(deepcopy(train))  # which it changes
-    with torch.device("meta"):  # names and shapes only
+    with shapes_only():
         network = parser.get_parsed_content("network_def")
     size, preset = parser.get_parsed_content("roi_size"), parser.get_parsed_content("preset")
     return json.loads(json.dumps(describe(network, size, preset)))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from math import isfinite
 from typing import Any
@@ -19,9 +21,12 @@ import yaml
 from monai.bundle import ConfigParser
 from monai.bundle.config_item import ConfigComponent
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from medmim import networks
 from medmim.datasets import Preset, preset_table
 from medmim.description import build_network, read_preset
+from medmim.encoders import KINDS
 from medmim.version import __version__
 
 TEXTS = ("description", "license", "citation", "source")  # of a preset: nothing that a run needs
@@ -35,6 +40,21 @@ package:
   bundle: {bundle}
   version: '{version}'
 """
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Networks that are built here have names and shapes of tensors, and no content."""
+    with torch.device("meta"), _RatesWithContent():
+        yield
+
+
+class _RatesWithContent(TorchFunctionMode):
+    """MONAI's Swin reads its drop path rates off a tensor, so this one needs its content."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        device = {"device": "cpu"} if func is torch.linspace else {}
+        return func(*args, **(kwargs or {}) | device)
 
 
 def check_texts(value: Any, where: str) -> None:
@@ -87,10 +107,10 @@ def network_config(network: Config) -> Config:
         return {"_target_": f"monai.networks.nets.{name}", **(stock_arguments(network) or {})}
     own = {"_target_": f"medmim.networks.{name}", "_requires_": "@package"}
     if name == "FeatureExtractor":
-        kind = arguments.get("encoder", "ViT")
-        module = "monai.networks.nets" if kind == "ViT" else "medmim.networks"
-        inside = {key: value for key, value in arguments.items() if key != "encoder"}
-        encoder = {"_target_": f"{module}.{kind}", **inside}
+        kind = next(kind for kind in KINDS if kind.name == arguments.get("encoder", "ViT"))
+        known = inspect.signature(kind.encoder_class).parameters  # a Swin has no img_size
+        inside = {key: value for key, value in arguments.items() if key in known}
+        encoder = {"_target_": f"{kind.encoder_class.__module__}.{kind.name}", **inside}
         return {**own, "encoder": encoder, "img_size": arguments["img_size"]}
     return {**own, **arguments}
 
@@ -102,7 +122,7 @@ def stock_arguments(network: Config) -> Config | None:
         return None
     known = inspect.signature(stock).parameters
     arguments = {key: value for key, value in network["arguments"].items() if key in known}
-    with torch.device("meta"):
+    with shapes_only():
         ours = build_network({"network": network})
         try:
             theirs = stock(**arguments)
@@ -132,7 +152,7 @@ def inference_config(config: Config, description: Description, bundle: str) -> C
         "preset": {key: value for key, value in preset.items() if key not in TEXTS},
     }
     config["roi_size"] = arguments["img_size"]
-    if "patch_size" in config and "patch_size" in arguments:  # else the network's own
+    if "@description" in str(config.get("patch_size")) and "patch_size" in arguments:  # else the network's own
         config["patch_size"] = arguments["patch_size"]
     config["network_def"] = network_config(description["network"])
     config["package"] = _package_check(bundle)
@@ -162,13 +182,12 @@ def train_config(config: Config, description: Description | None, bundle: str) -
         config["network_def"]["_requires_"] = "@package"
         return config
     network, preset = description["network"], read_preset(description)
-    knobs = {"roi_size" if key == "img_size" else key: value for key, value in network["arguments"].items()}
-    config |= {key: value for key, value in knobs.items() if key in config and not isinstance(config[key], dict)}
+    config |= _knobs(network["arguments"], config)
     config["dataset"] = preset.name if is_known(preset) else f"$@bundle_root + '/{preset_file(preset)}'"
 
     asked: dict[str, list[Any]] = {}
     parser = ConfigParser(deepcopy(config) | {"preset": preset})  # the parser changes what it is given
-    with torch.device("meta"):
+    with shapes_only():
         _write_out(config, "network_def", parser, asked)
         built = ConfigParser(deepcopy(config)).get_parsed_content("network_def")
         if tensor_shapes(built) != tensor_shapes(build_network(description)):
@@ -182,9 +201,10 @@ def train_config(config: Config, description: Description | None, bundle: str) -
         "arguments": asked,
     }
     config["check"]["with_preset"].append("@check#exported")
-    config["network_def"]["_requires_"] = "@package"
     stock = stock_arguments(network)
-    if stock is not None:  # MONAI's class where the package is out of reach, as in monai.bundle.load
+    if stock is None:
+        config["network_def"]["_requires_"] = "@package"
+    elif hasattr(networks, network["name"]):  # MONAI's class where the package is out of reach, as in monai.bundle.load
         config["imports"].append("$from importlib.util import find_spec")
         config["network_class"] = {
             "_target_": "medmim.package.own_class",
@@ -195,6 +215,18 @@ def train_config(config: Config, description: Description | None, bundle: str) -
         target = f"$@network_class or 'monai.networks.nets.{network['name']}'"
         config["network_def"] = {"_target_": target, **stock}
     return config
+
+
+def _knobs(arguments: Config, config: Config) -> Config:
+    """Knobs of a config as the arguments of a network have them; one number for equal sizes where the config has one."""
+    names = {"img_size": "roi_size"}
+    for kind in KINDS:
+        names |= dict(kind.knobs)
+    knobs = {names.get(key, key): value for key, value in arguments.items()}
+    for key, value in knobs.items():
+        if isinstance(config.get(key), int) and isinstance(value, list) and len(set(value)) == 1:
+            knobs[key] = value[0]
+    return {key: value for key, value in knobs.items() if key in config and not isinstance(config[key], dict)}
 
 
 def _write_out(config: Config, id: str, parser: ConfigParser, asked: dict[str, list[Any]]) -> None:

@@ -7,11 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from medmim.datasets import preset_table
 from medmim.description import build_network, name_data, read_preset
 from medmim.version import __version__
+from tools.export_configs import shapes_only
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 CODE_LICENSE = "Apache-2.0"
@@ -45,7 +44,7 @@ def make_metadata(folder: Path, description: dict[str, Any] | None, licenses: di
     image, pred = (metadata["network_data_format"][key] for key in ("inputs", "outputs"))
     image["image"] |= {
         "modality": preset.modality or "not named",
-        "num_channels": arguments["in_channels"],
+        "num_channels": len(preset.channels),
         "spatial_shape": size,
         "value_range": [0, 1] if preset.window is not None else [],
         "channel_def": {str(number): name for number, name in enumerate(preset.channels)},
@@ -55,7 +54,7 @@ def make_metadata(folder: Path, description: dict[str, Any] | None, licenses: di
         classes = {str(value): names.get(value, "unused") for value in range(arguments["out_channels"])}
         pred["pred"] |= {"num_channels": len(classes), "spatial_shape": size, "channel_def": classes}
     else:
-        with torch.device("meta"):
+        with shapes_only():
             extractor: Any = build_network(description)
         pred["pred"] |= {"num_channels": extractor.feature_size, "spatial_shape": list(extractor.grid)}
     return metadata

@@ -155,6 +155,20 @@ def describe_swin(swin: SwinTransformer, img_size: Sequence[int] = ()) -> dict[s
     }
 
 
+def _swin_layers(swin: SwinTransformer) -> dict[str, int]:
+    """A stage's downsampling counts to its last block, as in SimMIM (Xie et al., CVPR 2022), the convolution of the
+    second version to its first.
+    """
+    layers = {"patch_embed.": 0}
+    for number in range(1, swin.num_layers + 1):
+        first, stage = max(layers.values()) + 1, f"layers{number}"
+        depth = len(getattr(swin, stage)[0].blocks)
+        layers[f"{stage}c."] = first
+        layers |= {f"{stage}.0.blocks.{i}.": first + i for i in range(depth)}
+        layers[f"{stage}.0.downsample."] = first + depth - 1
+    return layers
+
+
 def _vit_layers(vit: ViT) -> dict[str, int]:
     return {"patch_embedding.": 0} | {f"blocks.{i}.": i + 1 for i in range(len(vit.blocks))}
 
@@ -236,6 +250,7 @@ KINDS = (
         describe=describe_swin,
         build=SwinTransformer,
         optional=r"relative_position_index",
+        layers=_swin_layers,
         renames=(
             (r"\bmlp\.fc([12])\.", r"mlp.linear\1."),  # model_swinvit.pt (Tang et al., CVPR 2022)
             (r"\b(layers\d\.0)\.0\.", r"\1."),  # ssl_pretrained_weights.pth (Valanarasu et al., 2023)

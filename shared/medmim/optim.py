@@ -10,7 +10,7 @@ from torch import nn
 from medmim.encoders import kind_of
 from medmim.weights import find_encoder
 
-UNDECAYED = ("position_embeddings", "mask_token", "position_bias.table")  # besides norms, biases and factors
+UNDECAYED = ("position_embeddings", "mask_token", "position_bias.table", "position_bias_table")  # besides norms, biases and factors
 
 
 def parameter_groups(
@@ -21,10 +21,11 @@ def parameter_groups(
     With ``layer_decay`` d and an encoder of L blocks, the embedding learns at ``learning_rate * d**(L + 1)``, block i
     (from 0) at ``d**(L - i)``, and all that comes after the encoder at the full rate (Clark et al., ICLR 2020; as
     used by Zhou et al., ISBI 2023). The blocks of a ConvViT are those of its three stages and of its transformer, and
-    an embedding between them learns like the block after it. Frozen parameters are left out.
+    an embedding between them learns like the block after it. Those of a Swin are counted through its four stages; a
+    stage's downsampling learns like its last block. Frozen parameters are left out.
 
     Args:
-        network: holds one encoder; with ``layer_decay`` below 1 a MONAI ViT or a ConvViT.
+        network: holds one encoder; a MONAI ViT or SwinTransformer, or a ConvViT.
         learning_rate: of the last layers.
         weight_decay: of matrices and kernels.
         layer_decay: factor from one block to the one before it, in (0, 1].

@@ -96,10 +96,13 @@ def load_model(network: nn.Module, models_dir: str | Path, img_size: Sequence[in
     path = Path(models_dir) / "model.json"
     theirs = read_description(path)
     ours = json.loads(json.dumps(describe(network, img_size, preset)))  # as read: no tuples, keys are text
-    if theirs["preset"] != ours["preset"]:
+    other = [name for name, value in ours["preset"].items() if theirs["preset"].get(name) != value]
+    if other:
+        named = {name: f"{name} {theirs['preset'].get(name)}, here {ours['preset'][name]}" for name in other}
+        fields = named.get("name") or named.get("spacing") or ", ".join(other)
         raise ValueError(
-            f"{path}: trained with preset {theirs['preset']['name']}, whose fields differ from those of --dataset "
-            f"{preset.name}: give the preset that it was trained with"
+            f"{path}: trained with preset {theirs['preset']['name']}, whose fields differ from this run's ({fields}): "
+            "give the preset that it was trained with (--dataset, --spacing_factor)"
         )
     recorded, found = theirs["network"]["arguments"], ours["network"]["arguments"]
     recorded["roi_size"], found["roi_size"] = recorded.pop("img_size"), found.pop("img_size")

@@ -8,6 +8,7 @@ from typing import Any
 import ignite.distributed as idist
 import pytest
 import torch
+from monai.networks.nets.swin_unetr import SwinTransformer
 
 from medmim import checks, commands
 from medmim.datasets import Preset
@@ -193,7 +194,8 @@ def test_encoder_of_another_preset(
     record_property("error", found)
     assert found == (
         f"--pretrained_encoder {encoder}: pre-trained with preset phantom: {told}: "
-        "prepare the scans alike (--dataset), or give --allow_other_preset true"
+        f"prepare the scans alike (--dataset{', --spacing_factor' if 'spacing' in change else ''}), "
+        "or give --allow_other_preset true"
     )
     for allowed in (True, "true"):
         assert faults_of(checks.check_encoder, str(encoder), other, allowed) == []
@@ -211,6 +213,27 @@ def test_encoder_of_other_knobs_and_preset(encoder: Path, preset: Preset) -> Non
     assert ": pre-trained with preset phantom: window " in first
     assert second == (
         f"--pretrained_encoder {encoder}: another architecture than this run's: give --hidden_size 24 --patch_size 8"
+    )
+
+
+def test_encoder_of_another_class(encoder: Path, preset: Preset) -> None:
+    knobs = {"num_heads": [3, 6, 12, 24]}
+    (found,) = faults_of(checks.check_encoder, encoder, preset, False, knobs, "SwinTransformer")
+    assert found == (
+        f"--pretrained_encoder {encoder}: holds a ViT, but this network's encoder is a SwinTransformer: "
+        "give a file of a SwinTransformer"
+    )
+    assert faults_of(checks.check_encoder, encoder, preset, False, {}, "ViT") == []
+
+
+def test_encoder_with_knobs_under_other_names(tmp_path: Path, preset: Preset) -> None:
+    swin = SwinTransformer(1, 12, (2, 2, 2), (2, 2, 2), (1, 1, 1, 1), (1, 2, 3, 4))
+    save_encoder(tmp_path / "swin.pt", swin, SIZE, preset)
+    knobs = {"embed_dim": 24, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 3, 4], "window_size": 2, "use_v2": True}
+    (found,) = faults_of(checks.check_encoder, tmp_path / "swin.pt", preset, False, knobs)
+    assert found == (
+        f"--pretrained_encoder {tmp_path / 'swin.pt'}: another architecture than this run's: "
+        "give --feature_size 12 --depths \"[1, 1, 1, 1]\" --use_v2 False"
     )
 
 

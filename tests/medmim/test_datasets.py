@@ -170,6 +170,27 @@ def test_unknown_preset_offers_the_nearest(name, near):
     assert f"known are {', '.join(sorted(preset_table()))}, or give" in str(error.value)
 
 
+def test_coarser_voxels():
+    plain, coarse = get_preset("btcv"), get_preset("btcv", 1.5)
+    assert coarse.spacing == tuple(1.5 * spacing for spacing in plain.spacing)
+    assert dataclasses.replace(coarse, spacing=plain.spacing) == plain
+    assert get_preset("btcv", 1) == plain
+
+
+@pytest.mark.parametrize("factor", [0, -1, "two", True, None, float("inf"), float("nan")])
+def test_a_factor_that_is_none(factor):
+    with pytest.raises(ValueError, match=rf"^--spacing_factor {factor}: expected a number above 0$"):
+        get_preset("phantom", factor)
+
+
+def test_a_factor_needs_a_spacing(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("channels: [CT]\nwindow: [0, 1]\nroi_size: [8, 8, 8]\npatch_size: 8\n")
+    assert get_preset(str(path), 1.0).spacing is None
+    with pytest.raises(ValueError, match=r"^--spacing_factor 2: preset own keeps each scan's own spacing: leave the"):
+        get_preset(str(path), 2)
+
+
 def test_file_of_ones_own(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(GOOD | {"labels": {1: "liver"}}))

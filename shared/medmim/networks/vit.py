@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from monai.networks.blocks import TransformerBlock
 from monai.networks.nets import ViT
+from monai.networks.nets.swin_unetr import SwinTransformerBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -42,9 +43,9 @@ def checkpoint_activations(network: nn.Module) -> None:
     Cost", 2016).
 
     Raises:
-        ValueError: when the network has neither MONAI's ``TransformerBlock`` nor blocks of a ``ConvViT``.
+        ValueError: when the network has no blocks of a MONAI ``ViT`` or ``SwinTransformer``, or of a ``ConvViT``.
     """
-    kinds = (TransformerBlock, AttentionBlock, ConvBlock)
+    kinds = (TransformerBlock, SwinTransformerBlock, AttentionBlock, ConvBlock)
     blocks: list[Any] = [module for module in network.modules() if isinstance(module, kinds)]
     if not blocks:
         raise ValueError(f"{type(network).__name__} has no transformer block whose activations could be left out")
