@@ -14,9 +14,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
 MAE, UNETR = "mae_vit_pretraining", "unetr_segmentation"
 CONVVIT_UNETR = "convvit_unetr_segmentation"
+SWIN_UNETR = "swin_unetr_segmentation"
 MIM = "mim_convvit_pretraining"
+SIMMIM_VIT, SIMMIM_SWIN = "simmim_vit_pretraining", "simmim_swin_pretraining"
+SIMCLR = "simclr_vit_pretraining"
+PRETRAINING = (MAE, MIM, SIMCLR, SIMMIM_VIT, SIMMIM_SWIN)
+OTHERS = (MIM, SIMCLR, SIMMIM_VIT, SIMMIM_SWIN, CONVVIT_UNETR, SWIN_UNETR)  # run by the slow tests
 both = pytest.mark.parametrize("bundle", [MAE, UNETR])
-slow_ones = [pytest.param(name, marks=pytest.mark.slow) for name in (MIM, CONVVIT_UNETR)]
+slow_ones = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
 every = pytest.mark.parametrize("bundle", [MAE, UNETR, *slow_ones])
 TINY = {  # knobs of a training that takes seconds, with those of its network below
     "epochs": 2,
@@ -45,6 +50,27 @@ TINY_OF = {
         "crops_per_scan": 1,
         "overlap": 0.25,
     },
+    SWIN_UNETR: {
+        "roi_size": [64, 32, 32],
+        "feature_size": 12,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 2, 3, 4],
+        "window_size": 3,
+        "crops_per_scan": 1,
+        "overlap": 0.25,
+    },
+    SIMCLR: TINY_VIT | {"projector_hidden_size": 24, "projector_out_size": 16},
+    SIMMIM_VIT: TINY_VIT | {"decoder_hidden_size": 24, "decoder_num_heads": 4},
+    SIMMIM_SWIN: {
+        "roi_size": [64, 32, 32],
+        "feature_size": 12,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 2, 3, 4],
+        "window_size": 3,
+        "decoder_hidden_size": 24,
+        "decoder_num_heads": 2,
+        "crops_per_scan": 1,
+    },
     MIM: {
         "roi_size": [32, 32, 32],
         "crop_size": [32, 32, 32],
@@ -66,7 +92,11 @@ FILES = {  # that travel
     MAE: ["encoder.pt", "model.pt", "model.json"],
     UNETR: ["model.pt", "model.json"],
     CONVVIT_UNETR: ["model.pt", "model.json"],
+    SWIN_UNETR: ["model.pt", "model.json"],
     MIM: ["encoder.pt", "model.pt", "model.json"],
+    SIMMIM_VIT: ["encoder.pt", "model.pt", "model.json"],
+    SIMMIM_SWIN: ["encoder.pt", "model.pt", "model.json"],
+    SIMCLR: ["encoder.pt", "model.pt", "model.json"],
 }
 
 

@@ -152,6 +152,31 @@ def pretrained_mim(run_bundle: Callable[..., ConfigWorkflow], tmp_path_factory: 
 
 
 @pytest.fixture(scope="session")
+def pretrained_simclr(run_bundle: Callable[..., ConfigWorkflow], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a short SimCLR pre-training: ``output`` and ``models``; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("pretrained_simclr")
+    knobs = {"epochs": 8, "learning_rate": 0.001, "val_interval": 4}
+    run_bundle("simclr_vit_pretraining", "train", folder=folder, **knobs)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained_simmim_vit(run_bundle: Callable[..., ConfigWorkflow], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a short SimMIM pre-training of a ViT: ``output`` and ``models``; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("pretrained_simmim_vit")
+    run_bundle("simmim_vit_pretraining", "train", folder=folder, epochs=8, learning_rate=0.003, val_interval=4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained_simmim_swin(run_bundle: Callable[..., ConfigWorkflow], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a short SimMIM pre-training of a Swin: ``output`` and ``models``; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("pretrained_simmim_swin")
+    run_bundle("simmim_swin_pretraining", "train", folder=folder, epochs=8, learning_rate=0.003, val_interval=4)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def finetuned(
     run_bundle: Callable[..., ConfigWorkflow], pretrained: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -169,6 +194,15 @@ def convvit_from_scratch(run_bundle: Callable[..., ConfigWorkflow], tmp_path_fac
     folder = tmp_path_factory.mktemp("convvit_from_scratch")
     knobs = {"epochs": 12, "learning_rate": 0.005, "val_interval": 6, "overlap": 0.0}
     run_bundle("convvit_unetr_segmentation", "train", folder=folder, **knobs)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def swin_from_scratch(run_bundle: Callable[..., ConfigWorkflow], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a short training of ``swin_unetr_segmentation``; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("swin_from_scratch")
+    knobs = {"epochs": 8, "learning_rate": 0.005, "val_interval": 4, "overlap": 0.0}
+    run_bundle("swin_unetr_segmentation", "train", folder=folder, **knobs)
     return folder
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from medmim.version import __version__
-from tests.common import CONVVIT_UNETR, MAE, MIM, UNETR
+from tests.common import CONVVIT_UNETR, MAE, MIM, SIMCLR, SIMMIM_SWIN, SIMMIM_VIT, SWIN_UNETR, UNETR
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +28,7 @@ SMALL = {"phantom_cases": 5, "epochs": 2, "warmup_epochs": 1, "crops_per_scan": 
 SMALL |= {"roi_size": "[48,48,32]"}
 VIT = {"hidden_size": 48, "mlp_dim": 96, "num_heads": 4}
 CONVVIT = {"embed_dims": "[6,6,12,12]", "depths": "[1,1,1,2]", "num_heads": 2}
+SWIN = {"roi_size": "[64,64,32]", "feature_size": 12, "depths": "[1,1,1,1]", "num_heads": "[1,2,3,4]"}
 SCORED = {"overlap": 0.0, "label_fraction": 1.0}
 LEVELS = {"roi_size": "[32,32,32]", "crop_size": "[32,32,32]", "levels::1::samples": 1, "levels::2::samples": 1}
 KNOBS: dict[str, dict[str, Any]] = {
@@ -35,7 +36,11 @@ KNOBS: dict[str, dict[str, Any]] = {
     # patch 16 and 12 blocks: MONAI's UNETR serves
     UNETR: SMALL | VIT | SCORED | {"feature_size": 4, "patch_size": 16, "num_layers": 12},
     MIM: SMALL | CONVVIT | LEVELS | {"decoder_hidden_size": 12, "decoder_num_layers": 1, "decoder_num_heads": 2},
+    SIMCLR: SMALL | VIT | {"projector_hidden_size": 24, "phantom_cases": 6},  # a validation of one pair is none
     CONVVIT_UNETR: SMALL | CONVVIT | SCORED,
+    SWIN_UNETR: SMALL | SWIN | SCORED,
+    SIMMIM_VIT: SMALL | VIT,
+    SIMMIM_SWIN: SMALL | SWIN,
 }
 each = pytest.mark.parametrize("bundle", list(KNOBS))
 
@@ -129,7 +134,7 @@ def test_train_evaluate_infer(bundle: str, python: str, unzipped: Callable[..., 
     call([*run, *configs(mine, *demo, "evaluate.yaml"), *options(**KNOBS[bundle])])
 
     data = mine / "output" / "phantom"
-    if bundle in (UNETR, CONVVIT_UNETR):
+    if bundle in (UNETR, CONVVIT_UNETR, SWIN_UNETR):
         assert (mine / "output" / "scores.csv").stat().st_size > 0
         # train.json has the knobs of the weights as defaults
         call([*run, *configs(shipped, "train.json", "evaluate.yaml"), *options(dataset_dir=data, num_workers=0)])
@@ -210,7 +215,7 @@ def test_bundle_commands(bundle: str, python: str, unzipped: Callable[..., Path]
         assert "data shape of network is verified with no error" in output
     network = ["network_def", "--ckpt_file", "models/model.pt", *meta, "--config_file", "configs/inference.json"]
     script = ["ckpt_export", *network, "--filepath", "models/model.ts"]
-    if bundle in (MIM, CONVVIT_UNETR):
+    if bundle in (MIM, CONVVIT_UNETR, SWIN_UNETR, SIMMIM_SWIN):
         size = json.loads(KNOBS[bundle]["roi_size"])
         script += options(use_trace=True, input_shape=[1, 1, *size])
     call([*command, *script], folder)

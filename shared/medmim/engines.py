@@ -88,10 +88,14 @@ class TrainingStep:
                 prediction = engine.inferer(inputs, network, *args, **kwargs)
                 engine.fire_event(IterationEvents.FORWARD_COMPLETED)
                 loss = engine.loss_function(prediction, targets).mean()
-            engine.state.output = {CommonKeys.LOSS: loss.detach()}
+            engine.state.output = {CommonKeys.LOSS: loss.detach(), **self.further_scalars(prediction)}
             engine.fire_event(IterationEvents.LOSS_COMPLETED)
             self.scaler.scale(loss / size).backward()
         return self._finish(engine, last)
+
+    def further_scalars(self, prediction: Any) -> dict[str, Tensor]:
+        """What a batch's output holds beside the loss: nothing; a subclass may measure the predictions."""
+        return {}
 
     def _prepare(self, engine: SupervisedTrainer, batchdata: Any) -> tuple[Tensor, Any, tuple, dict[str, Any]]:
         prepared = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)

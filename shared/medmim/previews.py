@@ -1,8 +1,8 @@
-"""Pictures of what a segmentation network makes of a validation case, while it trains."""
+"""Pictures of validation cases, while a network trains: segmentations, and pairs of views."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from ignite.engine import Engine, Events
 from matplotlib.figure import Figure
 from monai.data import MetaTensor
 from monai.transforms import Orientation
+from torch import nn
+from torch.nn.functional import normalize
 from torch.utils.tensorboard import SummaryWriter
 
 from medmim.datasets import Preset
-from medmim.figures import figure_pixels, save_figure, segmentation_figure
+from medmim.figures import figure_pixels, reconstruction_figure, save_figure, segmentation_figure
 from medmim.transforms.scans import load_scan
 
 
@@ -83,3 +85,68 @@ def draw_segmentation(case: Mapping[str, Any], preset: Preset, title: str) -> Fi
     if preset.window is not None:
         image = np.clip(image, *preset.window)
     return segmentation_figure(image, maps, preset.labels, f"{title}: {path.name}", scan.pixdim.tolist())
+
+
+class ViewsPreview:
+    """Draw the two views of the first two validation scans, with the cosines of their embeddings.
+
+    Args:
+        network: pretext network, called as ``network(view_1, view_2)``.
+        dataset: its items hold the views ``image`` and ``image_2``, ``(C, *spatial)``; the first channel is shown.
+        output_dir: folder for ``previews/epoch_NNNN.png`` and the TensorBoard events.
+        interval: epochs between two previews; the last epoch is always drawn.
+        device: of the network.
+        spacing: mm of a voxel along each axis; those of a view are smaller, as it is an enlarged part.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        dataset: Any,
+        output_dir: str,
+        interval: int,
+        device: str | torch.device,
+        spacing: Sequence[float] | None = None,
+    ) -> None:
+        self.network = network
+        self.dataset = dataset
+        self.output_dir = Path(output_dir)
+        self.interval = interval
+        self.device = device
+        self.spacing = spacing or (1.0, 1.0, 1.0)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        if idist.get_rank() == 0:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        epoch = engine.state.epoch
+        if epoch % self.interval and epoch != engine.state.max_epochs:
+            return
+        figure = self.draw([self.dataset[index] for index in range(2)], f"epoch {epoch}")
+        save_figure(figure, self.output_dir / "previews" / f"epoch_{epoch:04d}.png")
+        with SummaryWriter(str(self.output_dir / "tensorboard")) as writer:
+            writer.add_image("views", figure_pixels(figure), epoch, dataformats="HWC")
+
+    def draw(self, items: Sequence[Mapping[str, Any]], title: str) -> Figure:
+        """Figure of two items of the dataset."""
+        views = [
+            torch.stack([torch.as_tensor(item[key]).as_subclass(torch.Tensor) for item in items]).to(self.device)
+            for key in ("image", "image_2")
+        ]
+        was_training = self.network.training
+        self.network.eval()
+        with torch.no_grad():
+            (a1, a2), (b1, b2) = normalize(self.network(*views).float(), dim=-1)
+        self.network.train(was_training)
+        columns = {}
+        for index, name in enumerate("ab"):
+            std, mean = torch.std_mean(views[0][index, 0].float())  # of the first view, so that the second's differ
+            for number, view in enumerate(views, start=1):
+                columns[f"scan {name}, view {number}"] = ((view[index, 0].float() - mean) / std).cpu().numpy()
+        cosines = (
+            f"cosine of embeddings (not standardised): views of a {float(a1 @ a2):.2f}, of b {float(b1 @ b2):.2f}; "
+            f"a and b {float(a1 @ b1):.2f}, {float(a2 @ b2):.2f}"
+        )
+        return reconstruction_figure(columns, f"{title}; {cosines}", self.spacing)

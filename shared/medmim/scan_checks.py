@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,3 +152,33 @@ def _file_state(item: Item) -> list[int]:
     paths = [item["image"]] if isinstance(item["image"], str) else list(item["image"])
     stats = [os.stat(path) for path in [*paths, *([item["label"]] if "label" in item else [])]]
     return [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)]
+
+
+def check_pairs(split: Datalist, crops_per_scan: int, batch_size: int | None = None) -> None:
+    """Check that each batch of a contrastive task holds two pairs of views or more, so that there are negatives.
+
+    Args:
+        split: scans of the run.
+        crops_per_scan: pairs from a scan in training; in validation there is one.
+        batch_size: scans in a batch of a process; without one, only the validation is checked.
+
+    Raises:
+        ValueError: naming the knobs and the numbers.
+    """
+    faults = []
+    if batch_size is not None:
+        processes = idist.get_world_size()
+        share = math.ceil(len(split.training) / processes)  # the sampler fills up with scans of the beginning
+        last = share % batch_size or batch_size
+        if last * crops_per_scan * processes < 2:
+            faults.append(
+                f"--batch_size {batch_size}: with {share} scans for training and --crops_per_scan {crops_per_scan} a "
+                "batch would be one pair of views, which has no negatives: change batch_size, or raise crops_per_scan"
+            )
+    if len(split.validation) < 2:
+        faults.append(
+            f"{len(split.validation)} scans for validation: one pair of views has no negatives, two are needed: lower "
+            "--folds, or name more in --datalist"
+        )
+    if faults:
+        raise ValueError("\n".join(faults))

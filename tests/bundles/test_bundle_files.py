@@ -11,7 +11,7 @@ import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.config_item import ConfigComponent
 
-from tests.common import CONVVIT_UNETR, MAE, MIM, TINY, TINY_OF, UNETR
+from tests.common import CONVVIT_UNETR, MAE, MIM, SIMCLR, SIMMIM_SWIN, SIMMIM_VIT, SWIN_UNETR, TINY, TINY_OF, UNETR
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLES = sorted(path for path in (ROOT / "bundles").iterdir() if (path / "configs").is_dir())
@@ -124,7 +124,11 @@ TRAINED = {  # fixtures: folders that a training of each bundle has written
     MAE: "pretrained",
     UNETR: "finetuned",
     MIM: "pretrained_mim",
+    SIMMIM_VIT: "pretrained_simmim_vit",
+    SIMMIM_SWIN: "pretrained_simmim_swin",
+    SIMCLR: "pretrained_simclr",
     CONVVIT_UNETR: "convvit_from_scratch",
+    SWIN_UNETR: "swin_from_scratch",
 }
 
 

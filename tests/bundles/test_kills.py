@@ -16,7 +16,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.common import BUNDLES, CONVVIT_UNETR, MAE, MIM, TINY, TINY_OF, UNETR, assert_same_end, rows
+from tests.common import (
+    BUNDLES,
+    MAE,
+    OTHERS,
+    PRETRAINING,
+    TINY,
+    TINY_OF,
+    UNETR,
+    assert_same_end,
+    rows,
+)
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "killed_in_writes.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
@@ -31,7 +41,7 @@ def arguments(phantom_dir: Path, coarse_preset: Path) -> Callable[..., list[str]
             TINY | TINY_OF[bundle] | {"dataset": coarse_preset, "dataset_dir": phantom_dir, "num_workers": 0} | knobs
         )
         knobs |= {"output_dir": folder / "output", "models_dir": folder / "models", "checkpoint_interval": 1}
-        knobs |= {"preview_interval": 99} if bundle in (MAE, MIM) else {}
+        knobs |= {"preview_interval": 99} if bundle in PRETRAINING else {}
         found = ["--config_file", "configs/train.yaml", "--resume", "true"]
         return found + [text for name, value in knobs.items() for text in (f"--{name}", str(value))]
 
@@ -64,7 +74,10 @@ def test_killed_exactly_inside_a_write(arguments: Callable, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bundle", "step"), [(MAE, 1), (UNETR, 1), (MIM, 3), (CONVVIT_UNETR, 3)])
+@pytest.mark.parametrize(
+    ("bundle", "step"),
+    [(MAE, 1), (UNETR, 1), *[(bundle, 3) for bundle in OTHERS]],
+)
 def test_killed_in_every_write(arguments: Callable, tmp_path: Path, bundle: str, step: int) -> None:
     """Every flush, every renaming and every half-written file of the second epoch after each start, or each third."""
     kills = [["fsync", n] for n in range(8, 24)] + [["replace", n] for n in range(4, 16)]
@@ -74,7 +87,8 @@ def test_killed_in_every_write(arguments: Callable, tmp_path: Path, bundle: str,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("bundle", "kills", "length"), [(MAE, 20, 60), (UNETR, 20, 60), (MIM, 6, 30), (CONVVIT_UNETR, 6, 30)]
+    ("bundle", "kills", "length"),
+    [(MAE, 20, 60), (UNETR, 20, 60), *[(bundle, 6, 30) for bundle in OTHERS]],
 )
 def test_kills_at_random_moments(arguments: Callable, tmp_path: Path, bundle: str, kills: int, length: int) -> None:
     moments = random.Random(3)

@@ -10,7 +10,21 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from medmim.resume import Checkpoints
-from tests.common import CONVVIT_UNETR, FILES, MAE, MIM, UNETR, assert_same_end, both, every, rows, sha256, spoil
+from tests.common import (
+    CONVVIT_UNETR,
+    FILES,
+    MAE,
+    MIM,
+    SIMCLR,
+    SWIN_UNETR,
+    UNETR,
+    assert_same_end,
+    both,
+    every,
+    rows,
+    sha256,
+    spoil,
+)
 
 Run = Callable[..., ConfigWorkflow]
 KNOBS = {"epochs": 4, "checkpoint_interval": 1, "learning_rate": 0.003}
@@ -111,10 +125,14 @@ def test_finished_training_has_nothing_left(
         (UNETR, {"num_heads": 6}, "num_heads 6 (was 4)"),
         (UNETR, {"batch_size": 1}, "batches in an epoch 4 (was 2)"),
         (UNETR, {"hidden_size": 96}, NO_FIT),
+        pytest.param(SIMCLR, {"temperature": 0.2}, "temperature 0.2 (was 0.5)", marks=pytest.mark.slow),
+        pytest.param(SIMCLR, {"crop_scale": 0.9}, "crop_scale 0.9 (was ", marks=pytest.mark.slow),
         pytest.param(MIM, {"temperature": 0.2}, "temperature 0.2 (was 0.1)", marks=pytest.mark.slow),
         pytest.param(MIM, {"levels::1::samples": 1}, "another levels", marks=pytest.mark.slow),
         pytest.param(MIM, {"curriculum": "fine_to_coarse"}, "curriculum fine_to_coarse", marks=pytest.mark.slow),
         pytest.param(CONVVIT_UNETR, {"embed_dims": [6, 6, 12, 12]}, NO_FIT, marks=pytest.mark.slow),
+        pytest.param(SWIN_UNETR, {"window_size": 2}, NO_FIT, marks=pytest.mark.slow),
+        pytest.param(UNETR, {"spacing_factor": 2}, "preset", marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -15,7 +15,23 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 
-from tests.common import BUNDLES, FILES, MAE, MIM, TINY, TINY_OF, UNETR, assert_same_end, every, rows, slow_ones
+from tests.common import (
+    BUNDLES,
+    FILES,
+    MAE,
+    MIM,
+    PRETRAINING,
+    SIMCLR,
+    SIMMIM_SWIN,
+    SIMMIM_VIT,
+    TINY,
+    TINY_OF,
+    UNETR,
+    assert_same_end,
+    every,
+    rows,
+    slow_ones,
+)
 
 Run = Callable[..., ConfigWorkflow]
 ENVIRONMENT = os.environ | {
@@ -33,7 +49,8 @@ SMALLER = {  # where TINY pads
         "crop_size": [32, 16, 16],
         "levels::0::mask_unit": [16, 16, 16],
         "levels::1::samples": 1,
-    }
+    },
+    SIMMIM_SWIN: {"spacing_factor": 0.5},
 }
 
 
@@ -94,7 +111,7 @@ def test_training_and_evaluation(start: Callable, run_bundle: Run, tmp_path: Pat
     smaller = SMALLER.get(bundle, {})
     output = finish(start(bundle, "train", "multi_gpu_train", folder=tmp_path / "two", batch_size=1, **smaller))
     run_bundle(bundle, "train", folder=tmp_path / "one", **KNOBS | smaller | {"batch_size": 2})
-    metric = "val_loss" if bundle in (MAE, MIM) else "mean_dice"
+    metric = "val_loss" if bundle in PRETRAINING else "mean_dice"
     one, two = (rows(tmp_path / name / "output" / "scalars.csv") for name in ("one", "two"))
     assert len(one) == len(two) == 3
     for ours, theirs in zip(two, one, strict=True):
@@ -122,7 +139,16 @@ def test_training_and_evaluation(start: Callable, run_bundle: Run, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bundle", "trained"), [(MAE, "pretrained"), (MIM, "pretrained_mim")])
+@pytest.mark.parametrize(
+    ("bundle", "trained"),
+    [
+        (MAE, "pretrained"),
+        (MIM, "pretrained_mim"),
+        (SIMCLR, "pretrained_simclr"),
+        (SIMMIM_VIT, "pretrained_simmim_vit"),
+        (SIMMIM_SWIN, "pretrained_simmim_swin"),
+    ],
+)
 def test_evaluation_of_the_pretext_task(
     start: Callable, run_bundle: Run, request: pytest.FixtureRequest, tmp_path: Path, bundle: str, trained: str
 ) -> None:

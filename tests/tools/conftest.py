@@ -20,15 +20,24 @@ VIT = {"in_channels": 1, "spatial_dims": 3, "hidden_size": 48, "mlp_dim": 96, "n
 SMALL = {"img_size": [16, 24, 16], "patch_size": [8, 8, 8], "num_layers": 4}  # needs our UNETR
 DEEP = {"img_size": [32, 48, 32], "patch_size": [16, 16, 16], "num_layers": 12}  # MONAI's does
 CONVVIT = {"in_channels": 1, "embed_dims": [6, 6, 12, 12], "depths": [1, 1, 1, 1], "num_heads": 2}
+SWIN = {"in_channels": 1, "feature_size": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 4], "window_size": 3}
+SWIN_ENCODER = {"encoder": "SwinTransformer", "in_chans": 1, "embed_dim": 12, "depths": [1, 1, 1, 1]}
+SWIN_ENCODER |= {"num_heads": [1, 2, 3, 4], "window_size": [3, 3, 3], "patch_size": [2, 2, 2]}
 NETWORKS = {
     "mae_vit_pretraining": ("FeatureExtractor", VIT),
     "unetr_segmentation": ("UNETR", VIT | {"feature_size": 4}),
     "mim_convvit_pretraining": ("FeatureExtractor", CONVVIT | {"encoder": "ConvViT", "fifth_stage": False}),
     "convvit_unetr_segmentation": ("ConvViTUNETR", CONVVIT),
+    "swin_unetr_segmentation": ("SwinUNETR", SWIN),
+    "simclr_vit_pretraining": ("FeatureExtractor", VIT),
+    "simmim_vit_pretraining": ("FeatureExtractor", VIT),
+    "simmim_swin_pretraining": ("FeatureExtractor", SWIN_ENCODER),
 }
 SIZES = {
     "mim_convvit_pretraining": {"img_size": [32, 32, 32]},
     "convvit_unetr_segmentation": {"img_size": [32, 32, 16]},
+    "swin_unetr_segmentation": {"img_size": [64, 32, 32]},
+    "simmim_swin_pretraining": {"img_size": [64, 32, 32]},
 }
 Weights = Callable[..., Path]
 Exported = Callable[..., Path]
@@ -38,10 +47,12 @@ Exported = Callable[..., Path]
 def weights(tmp_path: Path) -> Weights:
     """Writes ``model.pt``, ``model.json`` and ``encoder.pt`` (pre-training): ``weights(bundle, sizes, dataset)``."""
 
-    def write(bundle: str, sizes: dict[str, Any] | None = None, dataset: str = "phantom") -> Path:
+    def write(
+        bundle: str, sizes: dict[str, Any] | None = None, dataset: str = "phantom", spacing_factor: float = 1.0
+    ) -> Path:
         name, arguments = NETWORKS[bundle]
         sizes = sizes or SIZES.get(bundle, SMALL)
-        preset = get_preset(dataset)
+        preset = get_preset(dataset, spacing_factor)
         if name.endswith("UNETR"):
             arguments = arguments | {"out_channels": preset.n_classes}
         torch.manual_seed(0)
@@ -99,3 +110,43 @@ def exported(tmp_path: Path, made: dict[Any, dict[str, bytes]]) -> Exported:
         return tmp_path / "unzipped" / bundle
 
     return unzip
+
+
+STUDY = """\
+common: {num_workers: 0}
+pretraining: {bundle: mae_vit_pretraining, epochs: 3}
+finetuning: {bundle: unetr_segmentation, epochs: 10}
+arms: {scratch: {}, mae: {pretraining: {}}}
+labels: [2, 4]
+seeds: [0, 1]
+"""
+StudyFile = Callable[..., Path]
+
+
+@pytest.fixture
+def study_file(tmp_path: Path) -> StudyFile:
+    """Writes a small study file, with other text for some of its lines: ``study_file(grid="{...}", seeds="[0]")``."""
+
+    def write(**lines: str) -> Path:
+        content = {line.split(":")[0]: line.split(": ", 1)[1] for line in STUDY.splitlines()} | lines
+        path = tmp_path / "small.yaml"
+        path.write_text("".join(f"{key}: {value}\n" for key, value in content.items()))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], list[str]]:
+    """Studies run a stand-in for the bundle runner; gives the starts as ``<cell>|train or evaluate|GPU|threads``."""
+    script = Path(__file__).resolve().parents[1] / "scripts" / "stand_in_runner.py"
+    monkeypatch.setattr("tools.study_run.RUNNER", [sys.executable, "-S", str(script)])
+    monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "starts.txt"))
+    monkeypatch.setattr("tools.study.visible_gpus", list)
+
+    def starts() -> list[str]:
+        path = tmp_path / "starts.txt"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [line.replace(f"{tmp_path}/out/", "") for line in lines]
+
+    return starts
