@@ -8,6 +8,7 @@ from tools.convert import convert
 from tools.download import download
 from tools.export import export
 from tools.quickstart import quickstart
+from tools.study import study
 
 if __name__ == "__main__":
     commands = {
@@ -16,6 +17,7 @@ if __name__ == "__main__":
         "export": export,
         "convert": convert,
         "benchmark": benchmark,
+        "study": study,
         "configs": configs,
     }
     fire.Fire(commands, name="python -m tools")
