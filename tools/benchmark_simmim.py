@@ -34,9 +34,7 @@ def benchmark_simmim(
     if size % 32:
         raise SystemExit(f"error: --size {size}: expected a multiple of 32, which a Swin needs")
     device = default_device()
-    print(
-        f"{machine(device)}, torch {torch.__version__}, {dtype}, batch {batch_size}, {size}³ voxels, 16³ hidden as one\n"
-    )
+    print(f"{machine(device)}, torch {torch.__version__}, {dtype}, batch {batch_size}, {size}³ voxels, blocks of 16³\n")
     print(f"{'network':38s} hidden    seconds  (fastest, slowest)     GiB")
     bar = tqdm(total=len(NAMES) * len(ratios) * (repeats + 1), disable=None, leave=False)
     for ratio in ratios:

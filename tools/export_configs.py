@@ -218,7 +218,7 @@ def train_config(config: Config, description: Description | None, bundle: str) -
 
 
 def _knobs(arguments: Config, config: Config) -> Config:
-    """Knobs of a config as the arguments of a network have them; one number for equal sizes where the config has one."""
+    """Knobs of a config as a network's arguments have them; one number for equal sizes where the config has one."""
     names = {"img_size": "roi_size"}
     for kind in KINDS:
         names |= dict(kind.knobs)

@@ -10,7 +10,8 @@ from torch import nn
 from medmim.encoders import kind_of
 from medmim.weights import find_encoder
 
-UNDECAYED = ("position_embeddings", "mask_token", "position_bias.table", "position_bias_table")  # besides norms, biases and factors
+# besides norms, biases and factors
+UNDECAYED = ("position_embeddings", "mask_token", "position_bias.table", "position_bias_table")
 
 
 def parameter_groups(

@@ -233,7 +233,7 @@ def test_encoder_with_knobs_under_other_names(tmp_path: Path, preset: Preset) ->
     (found,) = faults_of(checks.check_encoder, tmp_path / "swin.pt", preset, False, knobs)
     assert found == (
         f"--pretrained_encoder {tmp_path / 'swin.pt'}: another architecture than this run's: "
-        "give --feature_size 12 --depths \"[1, 1, 1, 1]\" --use_v2 False"
+        'give --feature_size 12 --depths "[1, 1, 1, 1]" --use_v2 False'
     )
 
 
