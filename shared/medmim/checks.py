@@ -86,6 +86,19 @@ def check_knobs(
         raise ValueError("\n".join(faults))
 
 
+def check_upsampling(patch_size: Any) -> None:
+    """Refuse a patch that an upsampling head does not reach: it doubles the grid until it is that of the voxels.
+
+    Raises:
+        ValueError: naming the knob; sizes that are none are left to :func:`check_sizes`.
+    """
+    sizes = set(patch_size) if isinstance(patch_size, list | tuple) else {patch_size}
+    if all(map(is_whole, sizes)) and (len(sizes) > 1 or any(size < 1 or size & (size - 1) for size in sizes)):
+        raise ValueError(
+            f"--patch_size {patch_size}: with --decoder upsampling expected a power of two, the same along each axis"
+        )
+
+
 def check_swin(feature_size: Any, depths: Any, num_heads: Any) -> None:
     """Check the sizes of a Swin: four stages, whose features double and must divide among the attention heads.
 
@@ -225,6 +238,8 @@ def check_encoder(
     """
     if not path:
         return
+    if not isinstance(path, str | Path):
+        raise ValueError(f"--pretrained_encoder {path}: expected the path of a file")
     description = read_checkpoint(path)[1]
     if description is None:
         return

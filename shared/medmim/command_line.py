@@ -45,9 +45,10 @@ def check_command_line(argv: Sequence[str] | None = None) -> None:
         tracking = DEFAULT_EXP_MGMT_SETTINGS.get(tracking) or ConfigParser.load_config_files(tracking)
     known = RUNNER_OPTIONS | set(tracking.get("configs", {}))
     faults = [
-        f"--{name} null: read as a word: on the command line write None"
+        f"--{name} {value}: {why}: on the command line write '$None'"
         for name, value in given.items()
-        if value == "null"
+        for none, why in (("null", "read as a word"), (None, "left out by MONAI's runner"))
+        if value == none and name not in RUNNER_OPTIONS and (none or config.get(name) is not None)
     ]
     for name, value in given.items():
         if name in known or _is_known(name, config):

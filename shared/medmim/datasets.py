@@ -193,11 +193,11 @@ def get_preset(name: str, spacing_factor: float = 1.0) -> Preset:
 
     Raises:
         ValueError: when it is unknown (nearest names offered), the file is missing or faulty, or the factor is no
-            number above 0 or finds no spacing to multiply.
+            number from 0.1 to 10 or finds no spacing to multiply.
     """
     preset = _find_preset(name)
-    if not _is_number(spacing_factor) or spacing_factor <= 0:
-        raise ValueError(f"--spacing_factor {spacing_factor}: expected a number above 0")
+    if not _is_number(spacing_factor) or not 0.1 <= spacing_factor <= 10:
+        raise ValueError(f"--spacing_factor {spacing_factor}: expected a number from 0.1 to 10")
     if spacing_factor == 1:
         return preset
     if preset.spacing is None:

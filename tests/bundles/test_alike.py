@@ -1,8 +1,9 @@
 """What bundles share stands in one place: the templates of their YAML files; these files have none."""
 
 import pytest
+from monai.bundle import ConfigParser
 
-from tests.common import BUNDLES, CONVVIT_UNETR, SWIN_UNETR, UNETR
+from tests.common import BUNDLES, CONVVIT_UNETR, MAE, MIM, SIMCLR, SIMMIM_SWIN, SIMMIM_VIT, SWIN_UNETR, UNETR
 from tools.configs import TEMPLATES
 
 ALL = sorted(path.parents[1].name for path in BUNDLES.glob("*/configs/train.yaml"))
@@ -18,3 +19,18 @@ def test_files_are_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", ["evaluate.yaml", "inference.yaml", "multi_gpu_evaluate.yaml"])
 def test_segmentation_bundles_differ_in_training_only(bundle: str, name: str) -> None:
     assert (TEMPLATES / bundle / name).read_text(encoding="utf-8") == f"{{% extends 'segmentation/{name}' %}}\n"
+
+
+@pytest.mark.parametrize(
+    ("pretraining", "segmentation"),
+    [(MAE, UNETR), (SIMMIM_VIT, UNETR), (SIMCLR, UNETR), (SIMMIM_SWIN, SWIN_UNETR), (MIM, CONVVIT_UNETR)],
+)
+def test_encoders_of_the_demos_fit(pretraining: str, segmentation: str) -> None:
+    first, second = (
+        ConfigParser.load_config_files([BUNDLES / bundle / "configs" / f"{name}.yaml" for name in ("train", "demo")])
+        for bundle in (pretraining, segmentation)
+    )
+    asked = [str(value) for value in second["check"]["encoder"]["knobs"].values()]
+    knobs = [name for name in second if any(f"@{name}" in value for value in asked)]
+    assert len(knobs) >= 3
+    assert {name: first[name] for name in knobs} == {name: second[name] for name in knobs}

@@ -146,7 +146,6 @@ def test_training_and_evaluation(start: Callable, run_bundle: Run, tmp_path: Pat
         (MIM, "pretrained_mim"),
         (SIMCLR, "pretrained_simclr"),
         (SIMMIM_VIT, "pretrained_simmim_vit"),
-        (SIMMIM_SWIN, "pretrained_simmim_swin"),
     ],
 )
 def test_evaluation_of_the_pretext_task(

@@ -102,6 +102,17 @@ def test_evaluation_repeats_the_last_validation(bundle: str, trained: Path, run_
 
 
 @each
+def test_evaluation_needs_the_spacing_of_training(
+    bundle: str, trained: Path, run_bundle: Run, tmp_path: Path, record_property: Callable
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        checkpoint = trained / "output" / "checkpoint.pt"
+        run_bundle(bundle, "train", "evaluate", folder=tmp_path, checkpoint=checkpoint, spacing_factor=2)
+    record_property("error", str(refused.value))
+    assert "spacing" in str(refused.value)
+
+
+@each
 def test_features_of_a_scan(bundle: str, trained: Path, run_bundle: Run, tmp_path: Path) -> None:
     size = window(bundle)
     volume = np.random.default_rng(0).uniform(-170, 250, size).astype(np.float32)
@@ -142,7 +153,10 @@ def test_reconstructions(bundle: str, trained: Path, run_bundle: Run, tmp_path: 
     ("bundle", "knobs"),
     [
         (SIMMIM_VIT, {"decoder": "mlp", "mask_unit": 8, "normalize_target": True, "loss_region": "all"}),
-        (SIMMIM_VIT, {"decoder": "upsampling", "roi_size": [24, 24, 24], "loss_norm": "l2", "spacing_factor": 1.5}),
+        (
+            SIMMIM_VIT,
+            {"decoder": "upsampling", "roi_size": [24, 24, 24], "patch_size": [8, 8, 8], "spacing_factor": 1.5},
+        ),
         (SIMMIM_VIT, {"decoder": "transformer", "position_embedding": "learnable", "activation_checkpointing": True}),
         pytest.param(SIMMIM_SWIN, {"decoder": "linear", "mask_unit": 32, "use_v2": True}, marks=pytest.mark.slow),
         pytest.param(SIMMIM_SWIN, {"decoder": "transformer", "normalize_target": True}, marks=pytest.mark.slow),
@@ -185,7 +199,7 @@ def test_fine_tuning_starts_from_it(
         (
             SIMMIM_VIT,
             {"decoder": "upsampling", "roi_size": [12, 12, 12], "patch_size": 6},
-            "--patch_size 6: expected 2 or 4 or 8 or 16 or 32",
+            "--patch_size 6: with --decoder upsampling expected a power of two, the same along each axis",
         ),
         (SIMMIM_VIT, {"spacing_factor": 0}, "--spacing_factor 0"),
         (SIMMIM_VIT, {"mask_ratio": 1.0}, "--mask_ratio 1.0: expected a number from 0 to below 1"),

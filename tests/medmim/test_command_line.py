@@ -133,3 +133,14 @@ def test_the_process_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", [PROGRAM, "run", "--config_file", "configs/train.yaml", "--epohcs", "5"])
     with pytest.raises(ValueError, match=r"^--epohcs 5: no such knob"):
         check_command_line()
+
+
+def test_nothing_is_written_with_a_dollar(faults: Callable, record_property: Callable) -> None:
+    """MONAI's runner drops a plain ``None``, so that the file's value would stay."""
+    (found,) = faults("--label_fraction", "None")
+    record_property("error", found)
+    assert found == "--label_fraction None: left out by MONAI's runner: on the command line write '$None'"
+    (found,) = faults("--pretrained_encoder", "null")
+    assert found == "--pretrained_encoder null: read as a word: on the command line write '$None'"
+    assert faults("--pretrained_encoder", "None") == []  # what the file says as well
+    assert faults("--label_fraction", "$None") == []

@@ -179,7 +179,7 @@ def test_coarser_voxels():
 
 @pytest.mark.parametrize("factor", [0, -1, "two", True, None, float("inf"), float("nan")])
 def test_a_factor_that_is_none(factor):
-    with pytest.raises(ValueError, match=rf"^--spacing_factor {factor}: expected a number above 0$"):
+    with pytest.raises(ValueError, match=rf"^--spacing_factor {factor}: expected a number from 0.1 to 10$"):
         get_preset("phantom", factor)
 
 
