@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from medmim.checks import is_number, is_whole
 from medmim.datalists import load_datalist
-from medmim.datasets import get_preset
+from tools.study_checks import cell_faults, pair_faults
 from tools.study_plan import (
     SET_BY_STUDY,
     Arm,
@@ -22,8 +23,6 @@ from tools.study_plan import (
     bundle_names,
     get_bundle,
     make_cells,
-    merge,
-    points,
 )
 
 SECTIONS = ("common", "pretraining", "finetuning")
@@ -34,14 +33,24 @@ SPLIT = ("dataset_dir", "datalist", "fold", "folds")  # what the number of train
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what YAML takes silently: a key that stands twice."""
+    """Refuses what YAML takes silently: a key that stands twice. What ``<<`` merges may be given anew."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"line {node.start_mark.line + 1}: '{key}' stands twice there: give each its own name")
-        return super().construct_mapping(node, deep)
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.seen: set[int] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Called before keys are constructed, for merged mappings again: afterwards merged keys stand among others."""
+        if id(node) not in self.seen:
+            self.seen.add(id(node))
+            keys: list[Any] = []
+            for key in [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]:
+                name = self.construct_object(key, deep=True)
+                if name in keys:
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"line {line}: '{name}' stands twice there: give each its own name")
+                keys.append(name)
+        super().flatten_mapping(node)
 
 
 def read_study(path: str | Path, dataset_dir: str | Path | None = None) -> Study:
@@ -97,7 +106,7 @@ class _Reader:
         if study.arms and not self.faults:
             self._check_knobs(study)
         if study.arms and not self.faults:
-            self._check_encoders(study)
+            self.faults += pair_faults(study)
             self._compare(study)
             self._make_cells(study)
         return study
@@ -113,13 +122,16 @@ class _Reader:
         for name in SET_BY_STUDY & set(given):
             hint = {"seed": "seeds", "label_fraction": "labels"}.get(name, "--output_dir")
             self.faults.append(f"{place}: {name}: is set by the study itself ({hint})")
-        found = dict(given)
-        for name in PATHS:
-            if isinstance(found.get(name), str) and not found[name].startswith("$"):
-                found[name] = str(self.folder / found[name])
-        if str(found.get("dataset", "")).endswith((".yaml", ".yml")):
-            found["dataset"] = str(self.folder / found["dataset"])
-        return found
+        if "pretrained_encoder" in given and not re.fullmatch("arms: .*: finetuning", place):
+            self.faults.append(f"{place}: pretrained_encoder: belongs under arms: <name>: finetuning, nowhere else")
+        return {name: self._beside(name, value) for name, value in given.items()}
+
+    def _beside(self, name: str, value: Any) -> Any:
+        """A knob's value, or those of a list; paths are relative to the study file."""
+        if isinstance(value, list):
+            return [self._beside(name, one) for one in value]
+        path = name in PATHS or (name == "dataset" and str(value).endswith((".yaml", ".yml")))
+        return str(self.folder / value) if path and isinstance(value, str) and not value.startswith("$") else value
 
     def _arms(self, knobs: Mapping[str, Knobs]) -> list[Arm]:
         given = self.content.get("arms")
@@ -131,8 +143,11 @@ class _Reader:
             return []
         arms = []
         for name, content in given.items():
-            if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name):
-                self.faults.append(f"arms: {name!r}: a name of letters, digits, _ . + - (quote yes, no, on, off)")
+            if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
+                self.faults.append(
+                    f"arms: {name!r}: a name of letters, digits, _ . + - that begins with "
+                    "neither . nor + nor - (quote yes, no, on, off)"
+                )
                 continue
             content = {} if content is None else content
             if not isinstance(content, dict):
@@ -149,7 +164,7 @@ class _Reader:
             finetuning = own["finetuning"].pop("bundle", default["finetuning"])
             self._check_bundle(finetuning, "finetuning", name)
             against = content.get("against")
-            if against is not None and (against not in given or against == name):
+            if against is not None and (not isinstance(against, str) or against not in given or against == name):
                 self.faults.append(
                     f"arms: {name}: against: {against}: no other arm of that name{_hint(against, given)}"
                 )
@@ -200,14 +215,14 @@ class _Reader:
         if len({repr(key) for key, _ in found}) < len(found):
             self.faults.append(f"labels: {given}: a number stands twice")
         for key, _ in found:
-            whole = isinstance(key, int) and not isinstance(key, bool) and key > 0
+            whole = is_whole(key) and key > 0
             if not whole and not (isinstance(key, float) and 0 < key <= 1):
                 self.faults.append(f"labels: {key!r}: expected a whole number of scans, or a share above 0.0 up to 1.0")
         return found
 
     def _seeds(self) -> list[int]:
         given = self.content.get("seeds", [0])
-        if not isinstance(given, list) or not given or not all(_is_whole(seed) for seed in given):
+        if not isinstance(given, list) or not given or not all(_is_seed(seed) for seed in given):
             self.faults.append(f"seeds: {given!r}: expected a list of whole numbers, as in [0, 1, 2]")
             return []
         if len(set(given)) < len(given):
@@ -218,15 +233,14 @@ class _Reader:
         given = self.content.get("pretraining_seed", 0)
         if given == "each":
             return None
-        if not _is_whole(given):
+        if not _is_seed(given):
             self.faults.append(f"pretraining_seed: {given!r}: expected a whole number, or 'each' (one for each seed)")
             return None
         return int(given)
 
     def _convergence(self) -> list[float]:
         given = self.content.get("convergence", [0.95, 1.0])
-        numbers = isinstance(given, list) and all(isinstance(n, int | float) and 0 < n <= 1 for n in given)
-        if not numbers:
+        if not isinstance(given, list) or not given or not all(is_number(n) and 0 < n <= 1 for n in given):
             self.faults.append(f"convergence: {given!r}: expected a list of numbers above 0 up to 1, as in [0.95, 1.0]")
             return []
         return [float(share) for share in given]
@@ -289,28 +303,6 @@ class _Reader:
         elif without and not place.startswith("grid"):
             notes.append(f"{place}: not a knob of {', '.join(without)}, which runs without it")
 
-    def _check_encoders(self, study: Study) -> None:
-        """An encoder must fit the network that is fine-tuned; found out now, not after hours of pre-training."""
-        for arm in [arm for arm in study.arms if arm.pretraining]:
-            first, second = get_bundle(str(arm.pretraining)), get_bundle(arm.finetuning)
-            strange = [knob for knob in second.encoder_knobs if not first.knows(knob)]
-            if strange:
-                self.faults.append(
-                    f"arms: {arm.name}: an encoder of {first.name} does not fit {second.name}, which needs its "
-                    f"{', '.join(strange)}"
-                )
-                continue
-            for point, own in [(p, own) for p in points(arm_grid(arm, study.grid)) for _, own in study.labels]:
-                before = first.defaults | merge(study, arm, "pretraining", point)
-                after = second.defaults | merge(study, arm, "finetuning", point, own)
-                for knob in second.encoder_knobs:
-                    values = [_resolve(knobs[knob], knobs) for knobs in (before, after)]
-                    if values[0] != values[1] and not any(str(value).startswith("$") for value in values):
-                        self.faults.append(
-                            f"arms: {arm.name}: {knob}: {values[0]} in the pre-training, {values[1]} in the "
-                            "fine-tuning: give it under common"
-                        )
-
     def _compare(self, study: Study) -> None:
         """Choose the arm that each is compared to: the first from scratch with the same fine-tuning bundle."""
         for number, arm in enumerate(study.arms):
@@ -342,29 +334,11 @@ class _Reader:
             study.cells = make_cells(study, count)
         except ValueError as error:
             self.faults += str(error).splitlines()
-        for cell in study.cells:
-            if not _is_whole(cell.epochs) or not cell.epochs:
-                self.faults.append(f"epochs: {cell.epochs!r} for {cell.bundle}: expected a whole number above 0")
-        for name in sorted({str(cell.knobs["dataset"]) for cell in study.cells if "dataset" in cell.knobs}):
-            try:
-                get_preset(name)
-            except ValueError as error:
-                self.faults += str(error).splitlines()
+        self.faults += cell_faults(study)
 
 
-def _resolve(value: Any, knobs: Knobs) -> Any:
-    """``$@preset.patch_size`` as a value, other expressions as they are."""
-    found = re.fullmatch(r"\$@preset\.(\w+)", str(value))
-    if found is None or "dataset" not in knobs:
-        return value
-    try:
-        return getattr(get_preset(knobs["dataset"]), found.group(1), value)
-    except ValueError:
-        return value  # said elsewhere
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _is_seed(value: Any) -> bool:
+    return is_whole(value) and value >= 0
 
 
 def _hint(name: Any, known: Any) -> str:

@@ -96,7 +96,8 @@ def commands(study: Study, cell: Cell, out: Path) -> list[list[str]]:
     knobs = cell.knobs | {"output_dir": out / cell.name, "models_dir": out / cell.name / "models"}
     if cell.needs is not None:
         knobs["pretrained_encoder"] = out / cell.needs.name / "models" / "encoder.pt"
-    given = [text for name, value in knobs.items() for text in (f"--{name}", str(value))]
+    values = {name: "$None" if value is None else str(value) for name, value in knobs.items()}  # the runner drops None
+    given = [text for name, value in values.items() for text in (f"--{name}", value)]
     found = [["--config_file", "configs/train.yaml", *given, "--resume", "true"]]
     if cell.kind == "finetuning" and study.evaluate:
         found.append(["--config_file", "['configs/train.yaml','configs/evaluate.yaml']", *given])

@@ -54,8 +54,8 @@ class Bundle:
     @property
     def encoder_knobs(self) -> list[str]:
         """Knobs in which a fine-tuning must agree with its pre-training."""
-        checks = self.content.get("check", {})
-        return list(checks.get("encoder", {}).get("knobs", {}))
+        knobs = self.content.get("check", {}).get("encoder", {}).get("knobs", {})  # by names of the constructor
+        return [knob for value in knobs.values() for knob in re.findall(r"@(\w+)", str(value))]
 
     @property
     def metric(self) -> str:
@@ -137,7 +137,7 @@ class Arm:
     @property
     def from_scratch(self) -> bool:
         """Whether no weights are given to it."""
-        return self.pretraining is None and "pretrained_encoder" not in self.knobs["finetuning"]
+        return self.pretraining is None and self.knobs["finetuning"].get("pretrained_encoder") is None
 
 
 @dataclass

@@ -129,6 +129,7 @@ def study_file(tmp_path: Path) -> StudyFile:
 
     def write(**lines: str) -> Path:
         content = {line.split(":")[0]: line.split(": ", 1)[1] for line in STUDY.splitlines()} | lines
+        content["common"] = content["common"].replace("{", "{warmup_epochs: 0, ", 1)
         path = tmp_path / "small.yaml"
         path.write_text("".join(f"{key}: {value}\n" for key, value in content.items()))
         return path

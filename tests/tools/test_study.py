@@ -24,6 +24,7 @@ def tiny_study(tmp_path, phantom_dir, coarse_preset):
 
     def write(evaluate: bool, epochs: int) -> Path:
         common = {"dataset": str(coarse_preset), "dataset_dir": str(phantom_dir), "num_workers": 0, "amp": False}
+        common["datalist"] = None
         short = TINY | {"epochs": epochs, "checkpoint_interval": 1}
         content = {
             "common": common,

@@ -5,6 +5,7 @@ import pytest
 from tools.study import study
 from tools.study_file import read_study
 
+SWIN = {"arms": "{swin: {pretraining: {bundle: simmim_swin_pretraining}}}"}
 FAULTS = [
     ({"label": "[1]"}, "label: no such key (did you mean labels?)"),
     ({"arms": "{a: {pretrainin: {}}}"}, "arms: a: pretrainin: no such key (did you mean pretraining?)"),
@@ -13,6 +14,8 @@ FAULTS = [
     ({"arms": "{scratch: {}, scratch: {}}"}, "line 4: 'scratch' stands twice there"),
     ({"arms": "{scratch: 3}"}, "arms: scratch: 3: expected common, pretraining, finetuning, against, or {}"),
     ({"arms": "{a: {}, b: {against: c}}"}, "arms: b: against: c: no other arm of that name"),
+    ({"arms": "{a: {}, b: {against: [a]}}"}, "arms: b: against: ['a']: no other arm of that name"),
+    ({"arms": "{.: {}, ..: {}}"}, "arms: '..': a name of letters, digits, _ . + - that begins with neither . nor"),
     ({"pretraining": "{epochs: 3}"}, "arms: mae: pretraining: no bundle: give one there"),
     ({"pretraining": "{bundle: unetr_segmentation}"}, "bundle unetr_segmentation: not one of mae_vit_pretraining"),
     ({"finetuning": "{bundle: mae_vit_pretraining}"}, "bundle mae_vit_pretraining: not one of convvit_unetr"),
@@ -33,6 +36,8 @@ FAULTS = [
     ({"seeds": "[1, 1]"}, "seeds: [1, 1]: a seed stands twice"),
     ({"pretraining_seed": "all"}, "pretraining_seed: 'all': expected a whole number, or 'each'"),
     ({"convergence": "[2]"}, "convergence: [2]: expected a list of numbers above 0 up to 1"),
+    ({"convergence": "[true]"}, "convergence: [True]: expected a list of numbers above 0 up to 1"),
+    ({"convergence": "[]"}, "convergence: []: expected a list of numbers above 0 up to 1"),
     ({"evaluate": "3"}, "evaluate: 3: expected true or false"),
     ({"grid": "{mask_ratio: [1]}"}, "grid: mask_ratio: no such key"),
     ({"grid": "{pretraining: {mask_ratio: 0.5}}"}, "grid: pretraining: mask_ratio: 0.5: expected a list of values"),
@@ -45,7 +50,7 @@ FAULTS = [
     ),
     (
         {"grid": "{pretraining: {patch_size: [8, 16]}}", "common": "{dataset: phantom}"},
-        "arms: mae: patch_size: 16 in the pre-training, 8 in the fine-tuning: give it under common",
+        "arms: mae: patch_size: 16 in the pre-training, 8 in the fine-tuning: give it under grid: common",
     ),
     (
         {"pretraining": "{bundle: mae_vit_pretraining, hidden_size: 48}"},
@@ -54,6 +59,36 @@ FAULTS = [
     (
         {"pretraining": "{bundle: mim_convvit_pretraining}"},
         "an encoder of mim_convvit_pretraining does not fit unetr_segmentation, which needs its hidden_size",
+    ),
+    (
+        SWIN
+        | {"pretraining": "{feature_size: 48}", "finetuning": "{bundle: swin_unetr_segmentation, feature_size: 24}"},
+        "arms: swin: feature_size: 48 in the pre-training, 24 in the fine-tuning: give it under common",
+    ),
+    (
+        {"pretraining": "{bundle: mae_vit_pretraining, dataset: phantom, patch_size: 16}"},
+        "arms: mae: scans of phantom with spacing (4.0, 4.0, 4.0) in the pre-training, of btcv with spacing "
+        "(1.5, 1.5, 2.0) in the fine-tuning: give dataset and spacing_factor under common, or allow_other_preset: true",
+    ),
+    ({"grid": "{finetuning: {spacing_factor: [1, 2]}}"}, "give dataset and spacing_factor under grid: common, or"),
+    ({"common": "{spacing_factor: 20}"}, "--spacing_factor 20: expected a number from 0.1 to 10"),
+    ({"common": "{spacing_factor: [2]}"}, "--spacing_factor [2]: expected a number from 0.1 to 10"),
+    (
+        {"pretraining": "{bundle: mae_vit_pretraining, warmup_epochs: 3, epochs: 3}"},
+        "arms: mae: mae_vit_pretraining: --epochs 3 with --warmup_epochs 3: the learning rate would not",
+    ),
+    ({"labels": "{2: {warmup_epochs: 10}}"}, "arms: scratch: unetr_segmentation: --epochs 10 with --warmup_epochs 10"),
+    ({"common": "{pretrained_encoder: x.pt}"}, "common: pretrained_encoder: belongs under arms: <name>: finetuning"),
+    ({"finetuning": "{pretrained_encoder: x.pt}"}, "finetuning: pretrained_encoder: belongs under arms: <name>: fin"),
+    ({"labels": "{2: {pretrained_encoder: x.pt}}"}, "labels: 2: pretrained_encoder: belongs under arms: <name>: fin"),
+    (
+        {"grid": "{finetuning: {pretrained_encoder: [x.pt]}}"},
+        "grid: finetuning: pretrained_encoder: belongs under arms",
+    ),
+    ({"arms": "{a: {common: {pretrained_encoder: x}}}"}, "arms: a: common: pretrained_encoder: belongs under arms"),
+    (
+        {"arms": "{a: {finetuning: {pretrained_encoder: x.pt}}}"},
+        "small.yaml: arms: a: finetuning: pretrained_encoder: /",
     ),
     ({"common": "{dataset: hipocampus}"}, "hippocampus"),
     (
@@ -90,6 +125,13 @@ def test_what_is_no_study_file(tmp_path, text, message):
     path = tmp_path / "study.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
+        read_study(path)
+
+
+def test_a_key_that_stands_twice_is_named_at_its_line(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text("arms:\n  a: {}\n  b: {}\n  a: {}\n")
+    with pytest.raises(ValueError, match="line 4: 'a' stands twice"):
         read_study(path)
 
 

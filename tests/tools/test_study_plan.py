@@ -102,7 +102,7 @@ def test_arms_are_compared_with_the_same_network(study_file, phantom_dir):
         "convvit: {finetuning: {bundle: convvit_unetr_segmentation}}, "
         "mim: {pretraining: {bundle: mim_convvit_pretraining}, finetuning: {bundle: convvit_unetr_segmentation}}}"
     )
-    plan = read_study(study_file(arms=arms), phantom_dir)
+    plan = read_study(study_file(arms=arms, common="{dataset: btcv}"), phantom_dir)
     assert {arm.name: arm.against for arm in plan.arms} == {
         "scratch": None,
         "mae": "scratch",
@@ -124,6 +124,46 @@ def test_paths_in_the_file_are_relative_to_it(study_file, phantom_dir, coarse_pr
     preset.write_text(coarse_preset.read_text())
     plan = read_study(study_file(common=f"{{dataset: mine.yaml, dataset_dir: {phantom_dir}}}"))
     assert plan.cells[0].knobs["dataset"] == str(preset)
+    plan = read_study(study_file(grid="{common: {dataset: [mine.yaml, phantom]}}"), phantom_dir)
+    found = {cell.knobs["dataset"] for cell in plan.cells if cell.arm == "scratch"}
+    assert found == {str(preset), "phantom"}
+    (preset.parent / "scans").symlink_to(phantom_dir)
+    plan = read_study(study_file(grid="{common: {dataset_dir: [scans]}}"))
+    assert {cell.knobs["dataset_dir"] for cell in plan.cells} == {str(preset.parent / "scans")}
+
+
+def test_weights_of_an_arm(study_file, phantom_dir):
+    weights = study_file().with_name("encoder.pt")
+    weights.touch()
+    arms = "{scratch: {finetuning: {pretrained_encoder: null}}, given: {finetuning: {pretrained_encoder: encoder.pt}}}"
+    plan = read_study(study_file(arms=arms), phantom_dir)
+    assert {arm.name: arm.against for arm in plan.arms} == {"scratch": None, "given": "scratch"}
+    assert plan.cells[-1].knobs["pretrained_encoder"] == str(weights)
+
+
+def test_a_pair_of_swin(study_file, phantom_dir):
+    lines = {"pretraining": "{bundle: simmim_swin_pretraining}", "finetuning": "{bundle: swin_unetr_segmentation}"}
+    plan = read_study(study_file(common="{feature_size: 24}", arms="{simmim: {pretraining: {}}}", **lines), phantom_dir)
+    assert {cell.knobs["feature_size"] for cell in plan.cells} == {24}
+    assert plan.finetunings[0].needs is plan.cells[0]
+
+
+@pytest.mark.parametrize("where", ["common", "finetuning"])
+def test_another_preset_may_be_allowed(study_file, phantom_dir, where):
+    lines = {"pretraining": "{bundle: mae_vit_pretraining, epochs: 3, dataset: phantom, patch_size: 16}"}
+    arms = f"{{mae: {{pretraining: {{}}, {where}: {{allow_other_preset: true}}}}}}"
+    assert read_study(study_file(arms=arms, **lines), phantom_dir).cells
+
+
+def test_merge_keys(study_file, phantom_dir):
+    arms = (
+        "{a: &a {pretraining: &p {epochs: 4, mask_ratio: 0.5}}, b: {<<: *a, against: a}, "
+        "c: {pretraining: {<<: *p, epochs: 5}}}"
+    )
+    plan = read_study(study_file(arms=arms), phantom_dir)
+    found = [(cell.arm, cell.epochs, cell.knobs["mask_ratio"]) for cell in plan.cells if cell.kind == "pretraining"]
+    assert found == [("a", 4, 0.5), ("c", 5, 0.5)]
+    assert plan.arm("b").against == "a"
 
 
 def test_commands(study_file, phantom_dir, tmp_path):
@@ -132,7 +172,7 @@ def test_commands(study_file, phantom_dir, tmp_path):
     text = " ".join(train)
     assert "--roi_size [16, 24, 16] " in text
     assert f"--pretrained_encoder {tmp_path}/pretraining/mae/seed_0/models/encoder.pt" in text
-    assert "--datalist None" in text  # the runner reads null as a word
+    assert "--datalist $None" in text  # the runner reads null as a word and leaves out None
     assert text.endswith("--resume true")
     assert evaluate[1] == "['configs/train.yaml','configs/evaluate.yaml']"
     plan.evaluate = False
