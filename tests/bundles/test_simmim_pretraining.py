@@ -105,8 +105,8 @@ def test_evaluation_repeats_the_last_validation(bundle: str, trained: Path, run_
 def test_evaluation_needs_the_spacing_of_training(
     bundle: str, trained: Path, run_bundle: Run, tmp_path: Path, record_property: Callable
 ) -> None:
+    checkpoint = trained / "output" / "checkpoint.pt"
     with pytest.raises(SystemExit) as refused:
-        checkpoint = trained / "output" / "checkpoint.pt"
         run_bundle(bundle, "train", "evaluate", folder=tmp_path, checkpoint=checkpoint, spacing_factor=2)
     record_property("error", str(refused.value))
     assert "spacing" in str(refused.value)
