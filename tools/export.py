@@ -83,7 +83,8 @@ def export(
         if not is_known(preset):
             body = {key: value for key, value in preset.to_dict().items() if key != "name"}
             files[preset_file(preset)] = yaml.safe_dump(body, sort_keys=False).encode()
-    files |= {f"docs/{page.name}": page.read_bytes() for page in (ROOT / "docs").glob("*.md")}
+    pages = [page for page in (ROOT / "docs").iterdir() if page.suffix in (".md", ".png")]
+    files |= {f"docs/{page.name}": page.read_bytes() for page in pages}
     files["docs/data_license.txt"] = license_text(licenses).encode()
     files["configs/metadata.json"] = _json(make_metadata(folder, trained, licenses))
     files["configs/train.json"] = _json(train_config(train, trained, folder.name))
