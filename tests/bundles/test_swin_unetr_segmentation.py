@@ -217,8 +217,8 @@ def test_a_coarser_spacing_is_remembered(
                 "--feature_size 18: expected a multiple of 12",
             ],
         ),
-        ({"spacing_factor": 0}, ["--spacing_factor 0: expected a number above 0"]),
-        ({"spacing_factor": "two"}, ["--spacing_factor two: expected a number above 0"]),
+        ({"spacing_factor": 0}, ["--spacing_factor 0: expected a number from 0.1 to 10"]),
+        ({"spacing_factor": "two"}, ["--spacing_factor two: expected a number from 0.1 to 10"]),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
