@@ -32,6 +32,7 @@ from medmim import (
     networks,
     optim,
     phantom,
+    radiograph_checks,
     scan_checks,
     scan_datasets,
     swin_checks,
@@ -205,6 +206,7 @@ def report_run(
     roi_size: Sequence[int],
     cache: str,
     cache_rate: float,
+    load_size: int | None = None,
 ) -> None:
     """Say in the log what a training is about to use, before it fills the memory."""
     if idist.get_rank() > 0:
@@ -218,7 +220,7 @@ def report_run(
         f"{accumulation_steps} batches = {batch_size * crops_per_scan * processes * accumulation_steps} crops at "
         f"learning rate {learning_rate:g} (as given, not scaled)"
     )
-    size = scan_datasets.estimate_cache_bytes([*split.training, *split.validation], preset, roi_size)
+    size = scan_datasets.estimate_cache_bytes([*split.training, *split.validation], preset, roi_size, load_size)
     if cache == "memory":
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         logger.info(f"cache: about {_gib(size * cache_rate * here)} of memory{_of_this_machine()}, filled now")
@@ -244,6 +246,8 @@ check_data = lists_faults(checks.check_data)
 check_device = lists_faults(checks.check_device)
 check_encoder = lists_faults(checks.check_encoder)
 check_inference = lists_faults(checks.check_inference)
+check_image_data = lists_faults(radiograph_checks.check_image_data)
+check_image_inference = lists_faults(radiograph_checks.check_image_inference)
 check_knobs = lists_faults(checks.check_knobs)
 check_labels = lists_faults(checks.check_labels)
 check_levels = lists_faults(mim_checks.check_levels)
@@ -251,6 +255,8 @@ check_pairs = lists_faults(scan_checks.check_pairs)
 check_paths = lists_faults(folders.check_paths)
 check_preset = lists_faults(checks.check_preset)
 check_processes = lists_faults(command_line.check_processes)
+check_radiograph_preset = lists_faults(radiograph_checks.check_radiograph_preset)
+check_radiographs = lists_faults(radiograph_checks.check_radiographs)
 check_resume = lists_faults(folders.check_resume)
 check_same_dataset = ends_plainly(checks.check_same_dataset)
 check_schedule = lists_faults(checks.check_schedule)

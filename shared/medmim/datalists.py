@@ -8,7 +8,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,14 @@ Item = dict[str, Any]
 
 @dataclass(frozen=True)
 class Datalist:
-    """Scans for training and validation, each ``{"image": path}`` or ``{"image": path, "label": path}``."""
+    """Scans for training and validation, each ``{"image": path}`` or ``{"image": path, "label": path}``.
+
+    Radiographs have a list of numbers as label, perhaps a ``patient``, and perhaps images for testing.
+    """
 
     training: list[Item]
     validation: list[Item]
+    test: list[Item] = field(default_factory=list, repr=False)  # a training does not depend on it
 
 
 def find_scans(folder: str | Path) -> list[Path]:

@@ -14,6 +14,8 @@ import yaml
 from monai.transforms import MapTransform, NormalizeIntensityd, ScaleIntensityRanged
 from torch import Tensor
 
+from medmim.classes import Classification
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -34,6 +36,7 @@ class Preset:
     labels: dict[int, str]
     label_map: dict[int, int]
     surface_tolerance: float
+    classification: Classification | None
     license: str
     citation: str
     source: str
@@ -55,6 +58,8 @@ class Preset:
             raise ValueError(f"preset {name}: {'; '.join(sorted(faults))}")
         for key in ("channels", "roi_size", "spacing", "window", "crop_ratio"):
             body[key] = None if body[key] is None else tuple(body[key])
+        if body["classification"] is not None:
+            body["classification"] = Classification.from_dict(body["classification"])
         body["labels"] = {int(value): label for value, label in body["labels"].items()}
         body["label_map"] = {int(value): meant for value, meant in body["label_map"].items()}
         return cls(name=name, **body)
@@ -81,7 +86,9 @@ class Preset:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in a description file."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        body = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        del body["classification"]  # of segmentation and pre-training presets there is none
+        return body if self.classification is None else body | {"classification": self.classification.to_dict()}
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -96,6 +103,7 @@ _DEFAULTS: dict[str, Any] = {
     "labels": {},
     "label_map": {},
     "surface_tolerance": 1.0,
+    "classification": None,
     "license": "unknown",
     "citation": "",
     "source": "",
@@ -131,6 +139,11 @@ def _faults(body: Mapping[str, Any]) -> list[str]:
     names = body["channels"]
     if not isinstance(names, list | tuple) or not names or any(not isinstance(name, str) for name in names):
         faults.append(f"channels must be a list of names, found {names!r}")
+    if body["classification"] is not None:
+        try:
+            Classification.from_dict(body["classification"])
+        except ValueError as error:
+            faults.append(str(error))
     return faults + (_label_faults(body["labels"]) or _label_map_faults(body["label_map"], body["labels"]))
 
 
@@ -206,6 +219,34 @@ def get_preset(name: str, spacing_factor: float = 1.0) -> Preset:
             "away, or give a preset with a spacing (--dataset)"
         )
     return replace(preset, spacing=tuple(spacing * spacing_factor for spacing in preset.spacing))
+
+
+def get_radiograph_preset(name: str, normalization: str | None = None) -> Preset:
+    """Preset of radiographs by name, or from a YAML file of the user.
+
+    Args:
+        name: see :func:`get_preset`.
+        normalization: ``image`` standardises each image with its own mean and standard deviation, ``fixed`` takes
+            grey values as a share of full scale; ``None`` leaves it to the preset.
+
+    Raises:
+        ValueError: when it is unknown or faulty, or not of images of two axes and one channel.
+    """
+    preset = _find_preset(name)
+    if len(preset.roi_size) != 2 or len(preset.channels) != 1:
+        raise ValueError(
+            f"--dataset {name}: a preset of {len(preset.roi_size)} axes and {len(preset.channels)} channels, expected "
+            "2 axes and 1 channel for radiographs: choose another"
+        )
+    if normalization not in (None, "image", "fixed"):
+        raise ValueError(f"--normalization {normalization}: expected image or fixed")
+    if normalization is None:
+        return preset
+    return (
+        replace(preset, z_score="all", window=None)
+        if normalization == "image"
+        else replace(preset, z_score=None, window=(0.0, 1.0))
+    )
 
 
 def _find_preset(name: str) -> Preset:

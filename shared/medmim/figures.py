@@ -17,14 +17,14 @@ PLANES = ("sagittal", "coronal", "axial")
 
 
 def planes(volume: np.ndarray, at: Sequence[int] | None = None) -> list[np.ndarray]:
-    """Slices of a volume in RAS orientation, head up: sagittal, coronal, axial; a 2D image as its only slice.
+    """Slices of a volume in RAS orientation, head up: sagittal, coronal, axial; a 2D image, rows first, as it is.
 
     Args:
         volume: ``(H, W, D)`` or ``(H, W)``.
         at: index of the slice along each axis; the middle by default.
     """
     if volume.ndim == 2:
-        return [np.rot90(volume)]
+        return [volume]
     at = [n // 2 for n in volume.shape] if at is None else at
     return [np.rot90(np.take(volume, index, axis)) for axis, index in enumerate(at)]
 
@@ -34,7 +34,7 @@ def _panels(
 ) -> tuple[Figure, np.ndarray, list[float]]:
     """Figure with a row of axes for each plane, as high as the plane needs; and the aspect of each plane's voxels."""
     if len(shape) == 2:
-        spans, aspects = [(shape[0] * spacing[0], shape[1] * spacing[1])], [spacing[1] / spacing[0]]
+        spans, aspects = [(shape[1] * spacing[1], shape[0] * spacing[0])], [spacing[0] / spacing[1]]
     else:
         pairs = [(1, 2), (0, 2), (0, 1)]  # (across, up) of sagittal, coronal, axial
         spans = [(shape[i] * spacing[i], shape[j] * spacing[j]) for i, j in pairs]
@@ -102,7 +102,7 @@ def nested_figure(rows: Sequence[NestedRow], title: str) -> Figure:
         title: of the figure.
     """
     dims = next(iter(rows[0].columns.values())).ndim
-    pairs = [(1, 2), (0, 2), (0, 1)] if dims == 3 else [(0, 1)]  # (across, up)
+    pairs = [(1, 2), (0, 2), (0, 1)] if dims == 3 else [(1, 0)]  # (across, up or down)
     names = list(rows[0].columns)
     width = 1.75  # inches of a column
     figure = Figure(figsize=(width * len(pairs) * len(names) + 0.4, (width + 0.1) * len(rows) + 0.7))
@@ -126,8 +126,8 @@ def nested_figure(rows: Sequence[NestedRow], title: str) -> Figure:
             aspect = row.spacing[j] / row.spacing[i]
             axis.imshow(shown, cmap="gray", vmin=low, vmax=high, interpolation="nearest", aspect=aspect)
             if row.corner is not None and row.size is not None:
-                up = first.shape[j] - row.corner[j] - row.size[j]
-                place = (row.corner[i] - 0.5, up - 0.5)
+                top = row.corner[j] if dims == 2 else first.shape[j] - row.corner[j] - row.size[j]
+                place = (row.corner[i] - 0.5, top - 0.5)
                 axis.add_patch(Rectangle(place, row.size[i], row.size[j], fill=False, edgecolor="#E69F00"))
     for number, axis in enumerate(axes[0]):
         plane, column = divmod(number, len(names))

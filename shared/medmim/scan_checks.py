@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 import torch
-from tqdm import tqdm
 
 from medmim.datalists import Datalist, Item
 from medmim.datasets import Preset
-from medmim.files import replace_file
+from medmim.remembered_checks import check_each
 from medmim.scan_datasets import resampled_size
 from medmim.transforms import ScanError
 from medmim.transforms.scans import check_image, check_label, load_scan
@@ -46,30 +43,19 @@ def check_scans(
     training = items.training if isinstance(items, Datalist) else items
     if isinstance(items, Datalist):
         items = items.training + items.validation
-    known = {} if remember is None else _read_remembered(Path(remember))
-    # each process reads its share
-    found = _find_out(items[idist.get_rank() :: idist.get_world_size()], preset, known)
-    if idist.get_world_size() > 1:
-        shares: Any = idist.all_gather(found)
-        found = {key: entry for share in shares for key, entry in share.items()}
-    faults, small, empty = [], [], []
-    for item in items:
-        entry = found[_name(item)]
-        if isinstance(entry, str):
-            faults.append(entry)
-            continue
+    values = f"{preset.file_values} {preset.label_map}"
+    rules = f"{list(preset.channels)} {values} {preset.window} {len(preset.roi_size)}"
+    found = check_each(
+        items, lambda item: _check_scan(item, preset), ("shape", "spacing", "foreground"), rules, remember
+    )
+    small, empty = [], []
+    for item, entry in zip(items, found, strict=True):
         if entry["foreground"] is False:
             empty.append(item["label"])
         if roi_size is not None:
             size = resampled_size(entry["shape"], entry["spacing"], preset)
             if any(n < roi for n, roi in zip(size, roi_size, strict=True)):
                 small.append((item["image"], size))
-    if remember is not None and idist.get_rank() == 0:
-        good = {key: entry for key, entry in found.items() if not isinstance(entry, str)}
-        replace_file(remember, lambda path: path.write_text(json.dumps(known | good)))
-    if faults:
-        summary = [f"{len(faults)} of {len(items)} scans cannot be used"] if len(faults) > 1 else []
-        raise ScanError("\n".join([*faults, *summary]))
     labels = {item["label"] for item in training if "label" in item}
     if labels and labels <= set(empty):
         raise ValueError(
@@ -84,39 +70,6 @@ def check_scans(
             f"{len(small)} of {len(items)} scans are smaller than a crop of {tuple(roi_size)} voxels and will be "
             f"padded, for example {name}: about {size} voxels"
         )
-
-
-def _find_out(items: Sequence[Item], preset: Preset, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What each scan is like, or the line that says why it cannot be used; only new and changed files are read."""
-    values = f"{preset.file_values} {preset.label_map}"
-    rules = f"{list(preset.channels)} {values} {preset.window} {len(preset.roi_size)}"
-    found: dict[str, Any] = {}
-    for item in tqdm(items, desc="checking scans", disable=None, leave=False):
-        key = _name(item)
-        try:
-            state = [rules, *_file_state(item)]
-            if known.get(key, {}).get("state") == state:
-                found[key] = known[key]
-            else:
-                found[key] = {"state": state} | _check_scan(item, preset)
-        except (ScanError, OSError) as error:
-            found[key] = str(error)
-    return found
-
-
-def _name(item: Item) -> str:
-    return json.dumps([item["image"], item.get("label")])
-
-
-def _read_remembered(path: Path) -> dict[str, dict[str, Any]]:
-    """Scans that an earlier run found good; none when the file is missing or damaged: they are read again."""
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    whole = {"state", "shape", "spacing", "foreground"}
-    entries = known.items() if isinstance(known, dict) else ()
-    return {key: entry for key, entry in entries if isinstance(entry, dict) and entry.keys() == whole}
 
 
 def _check_scan(item: Item, preset: Preset) -> dict[str, Any]:
@@ -146,12 +99,6 @@ def _check_scan(item: Item, preset: Preset) -> dict[str, Any]:
         foreground = any(preset.label_map.get(value, value) for value in found)
     pixdim = getattr(image, "pixdim", torch.ones(image.ndim - 1))
     return {"shape": list(image.shape[1:]), "spacing": [float(p) for p in pixdim], "foreground": foreground}
-
-
-def _file_state(item: Item) -> list[int]:
-    paths = [item["image"]] if isinstance(item["image"], str) else list(item["image"])
-    stats = [os.stat(path) for path in [*paths, *([item["label"]] if "label" in item else [])]]
-    return [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)]
 
 
 def check_pairs(split: Datalist, crops_per_scan: int, batch_size: int | None = None) -> None:

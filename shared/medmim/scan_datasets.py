@@ -25,6 +25,7 @@ from medmim.datalists import Item
 from medmim.datasets import Preset
 from medmim.files import save_tensors
 from medmim.randomness import derive_seed
+from medmim.transforms.radiographs import RADIOGRAPH_SUFFIXES, radiograph_size
 from medmim.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -122,16 +123,28 @@ def make_dataset(
     raise ValueError(f"--cache {cache}: expected {' or '.join(CACHES)}")
 
 
-def estimate_cache_bytes(items: Sequence[Item], preset: Preset, roi_size: Sequence[int], sample: int = 100) -> int:
+def estimate_cache_bytes(
+    items: Sequence[Item],
+    preset: Preset,
+    roi_size: Sequence[int],
+    load_size: int | None = None,
+    sample: int = 100,
+) -> int:
     """About how many bytes the prepared scans take in memory, from the headers of up to ``sample`` of them.
 
     Four bytes for a voxel, at the preset's spacing and at least ``roi_size`` large; the label map counts as one more
-    channel. Cutting away the background makes it less.
+    channel. Cutting away the background makes it less. Radiographs have their own size, or ``load_size`` along the
+    longer side.
     """
     chosen = [items[round(i)] for i in np.linspace(0, len(items) - 1, min(sample, len(items)))] if items else []
     sizes = []
     for item in chosen:
         name = item["image"] if isinstance(item["image"], str) else item["image"][0]
+        if name.lower().endswith(RADIOGRAPH_SUFFIXES):
+            size = radiograph_size(name)
+            scale = 1 if load_size is None else load_size / max(size)
+            sizes.append(round(4 * prod(size) * scale**2))
+            continue
         header: Any = nib.load(name).header
         dims = len(preset.roi_size)
         shape = resampled_size(header.get_data_shape()[:dims], header.get_zooms()[:dims], preset)

@@ -1,14 +1,16 @@
-"""Dictionary transforms that MONAI does not have: masks, padding of tokens, checks of a scan."""
+"""Dictionary transforms that MONAI does not have: masks, padding of tokens, loading and checks of images."""
 
 from medmim.transforms.grids import FeatureGridd
 from medmim.transforms.masks import RandPatchMaskd, hidden_count
 from medmim.transforms.nested_masks import RandNestedMaskd
 from medmim.transforms.padding import PaddingTokensd
+from medmim.transforms.radiographs import LoadRadiographd
 from medmim.transforms.scans import CheckScand, LoadScand, ScanError
 
 __all__ = [
     "CheckScand",
     "FeatureGridd",
+    "LoadRadiographd",
     "LoadScand",
     "PaddingTokensd",
     "RandNestedMaskd",

@@ -1,0 +1,154 @@
+"""Splits of radiographs: patients and copies of a file stay together, and each part has its share of each class."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import ignite.distributed as idist
+import numpy as np
+
+from medmim.datalists import Item
+
+logger = logging.getLogger(__name__)
+
+SAME = 65536  # bytes of files of equal size that are compared to find copies
+
+
+def find_patients(items: list[Item], pattern: str | None) -> None:
+    """A patient for each item, as far as a column or the name tells; copies of a file get the same ``copies``."""
+    for item in items:
+        match = re.search(pattern, Path(item["image"]).name) if pattern and "patient" not in item else None
+        if match:
+            item["patient"] = match.group(1)
+    by_size: dict[int, list[Item]] = defaultdict(list)
+    for item in items:
+        by_size[Path(item["image"]).stat().st_size].append(item)
+    by_content: dict[tuple[int, bytes], list[Item]] = defaultdict(list)
+    for size, alike in by_size.items():
+        for item in alike if len(alike) > 1 else ():
+            with open(item["image"], "rb") as file:
+                by_content[size, hashlib.sha256(file.read(SAME)).digest()].append(item)
+    for copies in by_content.values():
+        if len(copies) > 1:
+            for item in copies:
+                item["copies"] = copies[0]["image"]
+
+
+def _groups(items: Sequence[Item]) -> list[list[Item]]:
+    """Items that must stay together: of one patient, or copies of one file."""
+    leader = list(range(len(items)))
+
+    def find(i: int) -> int:
+        while leader[i] != i:
+            leader[i] = leader[leader[i]]
+            i = leader[i]
+        return i
+
+    first: dict[tuple[str, str], int] = {}
+    for i, item in enumerate(items):
+        for key in ("patient", "copies"):
+            if key in item:
+                j = first.setdefault((key, item[key]), i)
+                leader[find(i)] = find(j)
+    groups: dict[int, list[Item]] = defaultdict(list)
+    for i, item in enumerate(items):
+        groups[find(i)].append(item)
+    return list(groups.values())
+
+
+def _class_of(group: Sequence[Item], counts: Mapping[int, int]) -> int:
+    """The rarest class of any item of a group; -1 when it has none."""
+    found = {number for item in group for number, value in enumerate(item.get("label", ())) if value == 1}
+    return min(found, key=lambda number: (counts[number], number), default=-1)
+
+
+def split_images(
+    items: list[Item], root: Path, fold: int, folds: int, test_fold: int | None, split_seed: int
+) -> dict[str, list[Item]]:
+    """Parts ``training``, ``validation`` and ``test``; what an item says under ``split`` holds.
+
+    Raises:
+        ValueError: when parts would be empty, or two knobs contradict each other or the list.
+    """
+    items = sorted(items, key=lambda item: str(item["image"]))
+    split: dict[str, list[Item]] = {"training": [], "validation": [], "test": []}
+    for item in items:
+        split[item.get("split", "training")].append(item)
+    if test_fold is not None and split["test"]:
+        raise ValueError(f"--test_fold {test_fold}: {root} names {len(split['test'])} test images: leave it away")
+    if test_fold is not None and test_fold == fold:
+        raise ValueError(f"--test_fold {test_fold}: the same part as --fold, which is for validation: take another")
+    drawn = {} if split["validation"] else {fold: "validation"}
+    drawn |= {} if test_fold is None else {test_fold: "test"}
+    if drawn:
+        dealt = _deal(split["training"], folds, split_seed)
+        split["training"] = [item for part in range(folds) if part not in drawn for item in dealt[part]]
+        for part, name in drawn.items():
+            split[name] = dealt[part]
+    if not split["training"] or not split["validation"]:
+        raise ValueError(
+            f"--dataset_dir {root}: {len(items)} images leave {len(split['training'])} for training and "
+            f"{len(split['validation'])} for validation with --fold {fold} of --folds {folds}: add images or patients, "
+            "or lower folds"
+        )
+    for part in split.values():
+        part.sort(key=lambda item: str(item["image"]))
+    order = np.random.RandomState(split_seed).permutation(len(split["training"]))
+    split["training"] = [split["training"][i] for i in order]
+    return split
+
+
+def _deal(items: list[Item], folds: int, split_seed: int) -> list[list[Item]]:
+    """Parts of about equal size; the groups of each class go round."""
+    counts = class_counts(items)
+    by_class: dict[int, list[list[Item]]] = defaultdict(list)
+    for group in _groups(items):
+        by_class[_class_of(group, counts)].append(group)
+    random = np.random.RandomState(split_seed)
+    parts: list[list[Item]] = [[] for _ in range(folds)]
+    place = 0
+    for _, groups in sorted(by_class.items()):
+        for i in random.permutation(len(groups)):
+            parts[place % folds] += groups[i]
+            place += 1
+    return parts
+
+
+def class_counts(items: Sequence[Item]) -> Counter[int]:
+    """Images of each class, by the number of the network's output."""
+    return Counter(number for item in items for number, value in enumerate(item.get("label", ())) if value == 1)
+
+
+def in_proportion(items: list[Item]) -> list[Item]:
+    """Another order, in which each beginning holds the classes in proportion."""
+    counts = class_counts(items)
+    members: dict[int, list[Item]] = defaultdict(list)
+    for item in items:
+        members[_class_of([item], counts)].append(item)
+    placed = [
+        ((position + 0.5) / len(group), number, item)
+        for number, group in members.items()
+        for position, item in enumerate(group)
+    ]
+    return [item for _, _, item in sorted(placed, key=lambda entry: entry[:2])]
+
+
+def tell_shared(split: Mapping[str, list[Item]]) -> None:
+    """Tell patients and copies that stand in two parts of a split that the list itself gives."""
+    for key, what in (("patient", "patients"), ("copies", "files and their copies")):
+        parts: dict[str, set[str]] = defaultdict(set)
+        for name, items in split.items():
+            for item in items:
+                if key in item:
+                    parts[item[key]].add(name)
+        shared = [value for value, names in parts.items() if len(names) > 1]
+        if shared and idist.get_rank() == 0:
+            logger.warning(
+                f"{len(shared)} {what} stand in two parts of the split, for example {shared[0]} in "
+                f"{' and '.join(sorted(parts[shared[0]]))}: scores will flatter"
+            )

@@ -1,0 +1,161 @@
+"""Checks of radiographs before a run: their preset, their list, each file."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+
+from medmim.checks import is_number, is_whole
+from medmim.datalists import Datalist, Item
+from medmim.datasets import Preset, get_radiograph_preset
+from medmim.description import read_description
+from medmim.folders import check_writable
+from medmim.image_lists import find_images, load_image_list
+from medmim.remembered_checks import check_each
+from medmim.transforms.radiographs import load_radiograph
+
+logger = logging.getLogger(__name__)
+
+
+def check_radiograph_preset(dataset: Any, normalization: Any = None, labelled: bool = False) -> None:
+    """Refuse a ``--dataset`` that is no preset of radiographs, or names no classes where they are needed.
+
+    Raises:
+        ValueError: naming the knob.
+    """
+    preset = get_radiograph_preset(dataset, normalization)
+    if labelled and preset.classification is None:
+        raise ValueError(
+            f"--dataset {dataset}: the preset names no classes, so nothing can be classified: choose another, or give "
+            "a .yaml file of your own with the field classification"
+        )
+
+
+def check_image_data(
+    preset: Preset,
+    dataset_dir: str,
+    output_dirs: Sequence[str],
+    datalist: str | None = None,
+    labelled: bool = True,
+    fold: Any = 0,
+    folds: Any = 5,
+    test_fold: Any = None,
+    label_fraction: Any = 1.0,
+) -> None:
+    """Check output folders and list of radiographs of a training run.
+
+    Args:
+        preset: of the data.
+        dataset_dir, datalist, labelled, fold, folds, test_fold, label_fraction: see
+            :func:`medmim.image_lists.load_image_list`.
+        output_dirs: folders that must be writable; they are made. The first is marked as one of results.
+
+    Raises:
+        ValueError: one line for each fault.
+    """
+    faults = []
+    for number, folder in enumerate(output_dirs):
+        try:
+            check_writable(folder, results=number == 0)
+        except ValueError as error:
+            faults.append(str(error))
+    good = is_whole(folds) and folds > 1 and is_number(label_fraction) and 0 < label_fraction <= 1
+    if good and is_whole(fold) and not 0 <= fold < folds:
+        faults.append(f"--fold {fold} of --folds {folds}: fold must lie in 0 … folds - 1")
+    elif test_fold is not None and good and not (is_whole(test_fold) and 0 <= test_fold < folds):
+        faults.append(f"--test_fold {test_fold} of --folds {folds}: expected null, or a number in 0 … folds - 1")
+    elif good and is_whole(fold):  # check_knobs says so otherwise
+        faults += _split_faults(preset, dataset_dir, datalist, labelled, fold, folds, test_fold, label_fraction)
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _split_faults(preset: Preset, dataset_dir: str, datalist: str | None, labelled: bool, *args: Any) -> list[str]:
+    try:
+        split = load_image_list(dataset_dir, preset, datalist, labelled, *args)
+    except (ValueError, TypeError) as error:
+        return [str(error)]
+    if idist.get_rank() == 0:
+        logger.info(
+            f"{preset.name}: {len(split.training)} images for training, {len(split.validation)} for validation, "
+            f"{len(split.test)} for testing from {dataset_dir}"
+        )
+        if labelled:
+            _tell_classes(split, preset)
+    if len(split.validation) < idist.get_world_size():
+        return [
+            f"--dataset_dir {dataset_dir}: {len(split.validation)} images for validation by "
+            f"{idist.get_world_size()} processes: each needs one: start fewer, or lower --folds"
+        ]
+    if labelled and not any(
+        sum(value == 1 for value in column) for column in zip(*_labels(split.training), strict=True)
+    ):
+        return [f"--dataset_dir {dataset_dir}: no image for training has any of the classes: nothing could be learned"]
+    return []
+
+
+def _labels(items: Sequence[Item]) -> list[list[float]]:
+    return [item["label"] for item in items]
+
+
+def _tell_classes(split: Datalist, preset: Preset) -> None:
+    """Images of each class in each part, and the classes that a part lacks."""
+    classification: Any = preset.classification
+    for name, items in (("training", split.training), ("validation", split.validation), ("test", split.test)):
+        if not items:
+            continue
+        columns = list(zip(*_labels(items), strict=True))
+        counts = [sum(value == 1 for value in column) for column in columns]
+        told = [f"{n} {label}" for label, n in zip(classification.outputs, counts, strict=True)]
+        unknown = sum(math.isnan(value) for column in columns for value in column)
+        logger.info(f"{name}: {', '.join(told)}" + (f"; {unknown} labels unknown" if unknown else ""))
+        absent = [label for label, n in zip(classification.outputs, counts, strict=True) if n == 0]
+        if absent:
+            logger.warning(f"{name}: no image has {' or '.join(absent)}: no score can be given, or nothing be learned")
+
+
+def check_radiographs(items: Datalist | Sequence[Item], preset: Preset, remember: str | Path | None = None) -> None:
+    """Read every radiograph once; all faulty ones are reported together.
+
+    Args:
+        items: radiographs, or a split of them.
+        preset: of the data.
+        remember: file in which the good ones are remembered.
+
+    Raises:
+        ScanError: one line for each faulty file.
+    """
+    if isinstance(items, Datalist):
+        items = items.training + items.validation + items.test
+    check_each(items, _check_radiograph, ("shape",), f"radiograph {list(preset.channels)}", remember)
+
+
+def _check_radiograph(item: Item) -> dict[str, Any]:
+    return {"shape": list(load_radiograph(item["image"]).shape[1:])}
+
+
+def check_image_inference(models_dir: str, dataset_dir: str, output_dir: str, check_scans: Any = True) -> None:
+    """Check model, output folder and images of a prediction run.
+
+    Args:
+        models_dir: folder with ``model.pt`` and ``model.json``.
+        dataset_dir: folder with radiographs.
+        output_dir: folder that must be writable; it is made.
+        check_scans: whether to read each image.
+
+    Raises:
+        ValueError: one line for each fault.
+    """
+    read_description(Path(models_dir) / "model.json")
+    if Path(output_dir).resolve() == Path(dataset_dir).resolve():
+        raise ValueError(f"--output_dir {output_dir}: the folder of the images: choose another for the results")
+    check_writable(output_dir, results=True)
+    items = find_images(dataset_dir)
+    logger.info(f"{len(items)} images from {dataset_dir}")
+    if check_scans in (True, "true"):
+        check_each(items, _check_radiograph, ("shape",), "radiograph")
