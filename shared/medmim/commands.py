@@ -32,6 +32,7 @@ from medmim import (
     networks,
     optim,
     phantom,
+    phantom_radiographs,
     radiograph_checks,
     scan_checks,
     scan_datasets,
@@ -181,6 +182,14 @@ def write_phantom(folder: str, n_cases: int) -> None:
         idist.barrier()
 
 
+def write_phantom_radiographs(folder: str, n_patients: int) -> None:
+    """:func:`medmim.phantom_radiographs.write_phantom_radiographs`, by one process for all."""
+    if idist.get_rank() == 0:
+        ends_plainly(phantom_radiographs.write_phantom_radiographs)(folder, n_patients)
+    if idist.get_world_size() > 1:
+        idist.barrier()
+
+
 def write_nested_reconstructions(*args: Any, **kwargs: Any) -> None:
     """:func:`medmim.mim_reconstruct.write_reconstructions`; a bad scan ends the run."""
     with plain_faults():
@@ -240,12 +249,14 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.2g} GiB"
 
 
+check_class_weights = lists_faults(radiograph_checks.check_class_weights)
 check_command_line = lists_faults(command_line.check_command_line)
 check_convvit = lists_faults(mim_checks.check_convvit)
 check_data = lists_faults(checks.check_data)
 check_device = lists_faults(checks.check_device)
 check_encoder = lists_faults(checks.check_encoder)
 check_inference = lists_faults(checks.check_inference)
+check_evaluated = lists_faults(radiograph_checks.check_evaluated)
 check_image_data = lists_faults(radiograph_checks.check_image_data)
 check_image_inference = lists_faults(radiograph_checks.check_image_inference)
 check_knobs = lists_faults(checks.check_knobs)

@@ -22,7 +22,8 @@ from torch import nn
 from medmim.datasets import Preset
 from medmim.encoders import KINDS, describe_convvit, describe_swin, describe_vit, kind_of
 from medmim.files import replace_file
-from medmim.networks import UNETR, ConvViT, ConvViTUNETR, FeatureExtractor
+from medmim.networks import UNETR, ConvViT, ConvViTUNETR, FeatureExtractor, ViTClassifier
+from medmim.networks.vit_classifier import POOLING
 from medmim.version import FORMAT_VERSION, __version__
 
 OLDEST_FORMAT = 1  # the oldest layout that is still read
@@ -32,8 +33,8 @@ def describe_network(network: nn.Module, img_size: Sequence[int]) -> dict[str, A
     """Name and constructor arguments of a network of this project.
 
     Args:
-        network: MONAI ``ViT`` or ``SwinTransformer``, or ``ConvViT``, ``FeatureExtractor``, ``UNETR`` or
-            ``ConvViTUNETR`` of this package, or MONAI's ``SwinUNETR``.
+        network: MONAI ``ViT`` or ``SwinTransformer``, or ``ConvViT``, ``FeatureExtractor``, ``UNETR``,
+            ``ConvViTUNETR`` or ``ViTClassifier`` of this package, or MONAI's ``SwinUNETR``.
         img_size: voxels along each axis that it was built for.
 
     Raises:
@@ -50,6 +51,9 @@ def describe_network(network: nn.Module, img_size: Sequence[int]) -> dict[str, A
         head = network.out.conv.conv
         own = {"out_channels": head.out_channels, "feature_size": head.in_channels, "norm_name": network.norm_name}
         return {"name": "UNETR", "arguments": describe_vit(network.vit, img_size) | own}
+    if isinstance(network, ViTClassifier):
+        own = {"n_outputs": network.head.out_features, "pooling": POOLING[network.has_class_token]}
+        return {"name": "ViTClassifier", "arguments": describe_vit(network.vit, img_size) | own}
     if isinstance(network, ConvViTUNETR):
         sizes = describe_convvit(network.encoder, img_size)
         arguments = {key: value for key, value in sizes.items() if key not in ("fusion", "fifth_stage", "mlp_ratio")}
@@ -122,6 +126,7 @@ def _build_swin_unetr(img_size: Sequence[int], **arguments: Any) -> SwinUNETR:
 BUILDERS: dict[str, Callable[..., nn.Module]] = {kind.name: kind.build for kind in KINDS} | {
     "FeatureExtractor": _build_feature_extractor,
     "UNETR": UNETR,
+    "ViTClassifier": ViTClassifier,
     "ConvViTUNETR": ConvViTUNETR,
     "SwinUNETR": _build_swin_unetr,
 }
@@ -196,6 +201,18 @@ def read_description(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a description of a network ({error!r}): train again") from error
     check_version(description, path)
     return description
+
+
+def read_thresholds(path: str | Path) -> dict[str, float]:
+    """Thresholds of a classification, which training chose on its validation images; see ``model.json``.
+
+    Raises:
+        ValueError: when the description holds none.
+    """
+    thresholds = read_description(path).get("thresholds")
+    if not isinstance(thresholds, dict):
+        raise ValueError(f"{path}: holds no thresholds: expected the model of a classification: train again")
+    return thresholds
 
 
 def read_preset(description: dict[str, Any]) -> Preset:

@@ -16,15 +16,13 @@ from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.tensorboard import SummaryWriter
 
+from medmim.classification_scores import ClassificationScores
 from medmim.datasets import Preset
 from medmim.description import describe, name_data, write_description
-from medmim.figures import curves_figure, figure_pixels, reconstruction_figure, save_figure
+from medmim.figures import curves_figure, save_figure
 from medmim.files import remove_leftovers, replace_file, save_tensors
-from medmim.losses import MaskedReconstructionLoss
 from medmim.metrics import SegmentationScores
-from medmim.networks.patches import hidden_voxels
 from medmim.weights import find_encoder, read_checkpoint, save_encoder
 
 logger = logging.getLogger(__name__)
@@ -143,6 +141,7 @@ class SaveBestModel:
         img_size: voxels along each axis that it was built for.
         preset: the data it is trained on.
         pretrained_encoder: the file that training started from, if any, whose data are named too.
+        scores: of a classification, whose thresholds are written too.
     """
 
     def __init__(
@@ -152,7 +151,9 @@ class SaveBestModel:
         img_size: Sequence[int],
         preset: Preset,
         pretrained_encoder: str | None = None,
+        scores: ClassificationScores | None = None,
     ) -> None:
+        self.scores = scores
         self.models_dir = Path(models_dir)
         self.network = network
         self.img_size = img_size
@@ -170,7 +171,8 @@ class SaveBestModel:
     def __call__(self, engine: Engine) -> None:
         state: Any = engine.state
         if state.best_metric_epoch == state.epoch:
-            save_model(self.models_dir, self.network, self.img_size, self.preset, self.pretrained_on)
+            thresholds = None if self.scores is None else self.scores.thresholds()
+            save_model(self.models_dir, self.network, self.img_size, self.preset, self.pretrained_on, thresholds)
             logger.info(f"best {state.key_metric_name} so far, {state.best_metric:.4f}: wrote model.pt")
 
 
@@ -180,11 +182,15 @@ def save_model(
     img_size: Sequence[int],
     preset: Preset,
     pretrained_on: Sequence[dict[str, str]] = (),
+    thresholds: Mapping[str, float] | None = None,
 ) -> None:
-    """Write the flat state dict ``model.pt`` and its description ``model.json``."""
+    """Write the flat state dict ``model.pt`` and its description ``model.json``, with thresholds of classes."""
     state_dict = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
     save_tensors(models_dir / "model.pt", state_dict)
-    write_description(describe(network, img_size, preset, pretrained_on), models_dir / "model.json")
+    description = describe(network, img_size, preset, pretrained_on)
+    if thresholds is not None:
+        description["thresholds"] = dict(thresholds)
+    write_description(description, models_dir / "model.json")
 
 
 class LearningCurve:
@@ -291,81 +297,6 @@ class LearningCurve:
             found = [(row["epoch"], row[name]) for row in self.rows if math.isfinite(row.get(name, math.nan))]
             points.setdefault(panel, {})[line] = found
         save_figure(curves_figure(points), self.output_dir / "curves.png")
-
-
-class ReconstructionPreview:
-    """Draw what the network makes of one fixed validation case: original, masked, reconstruction, in three planes.
-
-    Args:
-        network: pretext network, called as ``network(image, mask)``.
-        loss: knows the target, and so how a prediction becomes an image.
-        dataset: its first item is drawn.
-        output_dir: folder for ``previews/epoch_NNNN.png`` and the TensorBoard events.
-        interval: epochs between two previews; the last epoch is always drawn.
-        device: of the network.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        loss: MaskedReconstructionLoss,
-        dataset: Any,
-        output_dir: str,
-        interval: int,
-        device: str | torch.device,
-    ) -> None:
-        self.network = network
-        self.loss = loss
-        self.dataset = dataset
-        self.output_dir = Path(output_dir)
-        self.interval = interval
-        self.device = device
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to a trainer."""
-        if idist.get_rank() == 0:
-            engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        epoch = engine.state.epoch
-        if epoch % self.interval and epoch != engine.state.max_epochs:
-            return
-        item = self.dataset[0]
-        figure = self.draw(item[0] if isinstance(item, list) else item, f"epoch {epoch}")
-        save_figure(figure, self.output_dir / "previews" / f"epoch_{epoch:04d}.png")
-        with SummaryWriter(str(self.output_dir / "tensorboard")) as writer:
-            writer.add_image("reconstruction", figure_pixels(figure), epoch, dataformats="HWC")
-
-    def draw(self, item: Mapping[str, Any], title: str) -> Any:
-        """Figure of an item of the dataset."""
-        image = torch.as_tensor(item["image"]).as_subclass(torch.Tensor).unsqueeze(0).to(self.device)
-        mask = item["mask"].unsqueeze(0).to(self.device)
-        return draw_reconstruction(self.network, self.loss, image, mask, title, item["image"].pixdim.tolist())
-
-
-def draw_reconstruction(
-    network: nn.Module,
-    loss: MaskedReconstructionLoss,
-    image: torch.Tensor,
-    mask: torch.Tensor,
-    title: str,
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
-) -> Any:
-    """Figure of one image ``(1, C, *spatial)`` (first channel), masked and reconstructed; ``spacing`` in mm."""
-    was_training = network.training
-    network.eval()
-    with torch.no_grad():
-        prediction = loss.to_image(network(image, mask), image)
-    network.train(was_training)
-    hidden = hidden_voxels(mask, loss.patch_size)
-    masked = image.masked_fill(hidden, float("nan"))
-    reconstruction = torch.where(hidden, prediction, image)  # visible patches as they are
-    columns = {"original": image, "masked": masked, "reconstruction": reconstruction}
-    return reconstruction_figure(
-        {name: volume[0, 0].float().cpu().numpy() for name, volume in columns.items()},
-        f"{title}; target: {loss.target_name}",
-        spacing,
-    )
 
 
 class SaveScores:

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from medmim.engines import as_plain_tensor
 from medmim.figures import NestedRow, nested_figure, save_figure
-from medmim.handlers import ReconstructionPreview
 from medmim.mim_step import prepare_nested_batch
 from medmim.networks.mask_in_mask import MaskInMask
 from medmim.networks.nested_levels import Level
 from medmim.networks.patches import hidden_voxels
+from medmim.previews import PretextPreview
 
 logger = logging.getLogger(__name__)
 
@@ -126,23 +126,20 @@ def draw_item(
     return levels_figure(levels, title, item["image"].pixdim.tolist()), levels
 
 
-class NestedPreview(ReconstructionPreview):
+class NestedPreview(PretextPreview):
     """Draw what the network makes of one fixed validation case at each level, in three planes.
 
     Args:
-        network: pretext network.
-        dataset, output_dir, interval, device: see :class:`medmim.handlers.ReconstructionPreview`.
+        network, dataset, output_dir, interval, device: see :class:`medmim.previews.PretextPreview`.
     """
 
-    def __init__(
-        self, network: MaskInMask, dataset: Any, output_dir: str, interval: int, device: str | torch.device
-    ) -> None:
-        super().__init__(network, network.reconstruction_loss, dataset, output_dir, interval, device)
-        self.nested = network
+    tag = "reconstruction"
+    network: MaskInMask
 
-    def draw(self, item: Mapping[str, Any], title: str) -> Figure:
-        """Figure of an item of the dataset."""
-        return draw_item(self.nested, item, self.device, title)[0]
+    def draw_first(self, title: str) -> Figure:
+        """Figure of the first item of the dataset."""
+        item = self.dataset[0]
+        return draw_item(self.network, item[0] if isinstance(item, list) else item, self.device, title)[0]
 
 
 def write_reconstructions(

@@ -11,7 +11,7 @@ from medmim.encoders import kind_of
 from medmim.weights import find_encoder
 
 # besides norms, biases and factors
-UNDECAYED = ("position_embeddings", "mask_token", "position_bias.table", "position_bias_table")
+UNDECAYED = ("position_embeddings", "mask_token", "class_token", "position_bias.table", "position_bias_table")
 
 
 def parameter_groups(

@@ -1,4 +1,4 @@
-"""Pictures of validation cases, while a network trains: segmentations, and pairs of views."""
+"""Pictures of validation cases, while a network trains: segmentations, reconstructions, pairs of views."""
 
 from __future__ import annotations
 
@@ -19,32 +19,34 @@ from torch.utils.tensorboard import SummaryWriter
 
 from medmim.datasets import Preset
 from medmim.figures import figure_pixels, reconstruction_figure, save_figure, segmentation_figure
+from medmim.losses import MaskedReconstructionLoss
+from medmim.networks.patches import hidden_voxels
 from medmim.transforms.scans import load_scan
 
 
-class SegmentationPreview:
-    """Draw the first validation case: scan, reference and prediction, in three planes.
+class ValidationPreview:
+    """Draw the first batch of a validation.
 
-    Drawn at the first validation at or after each multiple of ``interval``, and at the last one. With several
-    processes it is the first case of rank 0.
+    Drawn at the first validation at or after each multiple of ``interval``, and at the last one. A subclass gives the
+    figure, and ``tag``, its name in TensorBoard.
 
     Args:
-        preset: knows the names of the classes, and the window in which the scan is shown.
         output_dir: folder for ``previews/epoch_NNNN.png`` and the TensorBoard events.
         interval: epochs between two previews.
         val_interval: epochs between two validations.
         epochs: of the whole training; the last one is always drawn.
     """
 
-    def __init__(self, preset: Preset, output_dir: str, interval: int, val_interval: int, epochs: int) -> None:
-        self.preset = preset
+    tag = ""
+
+    def __init__(self, output_dir: str, interval: int, val_interval: int, epochs: int) -> None:
         self.output_dir = Path(output_dir)
         self.interval = interval
         self.val_interval = val_interval
         self.epochs = epochs
 
     def attach(self, engine: Engine) -> None:
-        """Attach to a MONAI evaluator whose output holds class maps on the scan's own grid, ``pred`` and ``label``."""
+        """Attach to a MONAI evaluator."""
         if idist.get_rank() == 0:
             engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
@@ -55,12 +57,80 @@ class SegmentationPreview:
 
     def __call__(self, engine: Engine) -> None:
         state: Any = engine.state
-        if state.iteration != 1 or not self.is_due(state.epoch):
-            return
-        figure = draw_segmentation(state.output[0], self.preset, f"epoch {state.epoch}")
-        save_figure(figure, self.output_dir / "previews" / f"epoch_{state.epoch:04d}.png")
-        with SummaryWriter(str(self.output_dir / "tensorboard")) as writer:
-            writer.add_image("segmentation", figure_pixels(figure), state.epoch, dataformats="HWC")
+        if state.iteration == 1 and self.is_due(state.epoch):
+            save_preview(self.draw(state), self.output_dir, state.epoch, self.tag)
+
+    def draw(self, state: Any) -> Figure:
+        """Figure of the evaluator's first batch."""
+        raise NotImplementedError
+
+
+class SegmentationPreview(ValidationPreview):
+    """Draw the first validation case: scan, reference and prediction, in three planes.
+
+    With several processes it is the first case of rank 0. The evaluator's output holds class maps on the scan's own
+    grid, ``pred`` and ``label``.
+
+    Args:
+        preset: knows the names of the classes, and the window in which the scan is shown.
+        output_dir, interval, val_interval, epochs: see :class:`ValidationPreview`.
+    """
+
+    tag = "segmentation"
+
+    def __init__(self, preset: Preset, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.preset = preset
+
+    def draw(self, state: Any) -> Figure:
+        """Figure of the first case."""
+        return draw_segmentation(state.output[0], self.preset, f"epoch {state.epoch}")
+
+
+def save_preview(figure: Figure, output_dir: Path, epoch: int, tag: str) -> None:
+    """Write ``previews/epoch_NNNN.png``, and the same for TensorBoard."""
+    save_figure(figure, output_dir / "previews" / f"epoch_{epoch:04d}.png")
+    with SummaryWriter(str(output_dir / "tensorboard")) as writer:
+        writer.add_image(tag, figure_pixels(figure), epoch, dataformats="HWC")
+
+
+class PretextPreview:
+    """Draw what a pretext network makes of validation cases, every ``interval`` epochs and at the end.
+
+    A subclass gives the figure, and ``tag``, its name in TensorBoard.
+
+    Args:
+        network: pretext network.
+        dataset: whose first items are drawn.
+        output_dir: folder for ``previews/epoch_NNNN.png`` and the TensorBoard events.
+        interval: epochs between two previews; the last epoch is always drawn.
+        device: of the network.
+    """
+
+    tag = ""
+
+    def __init__(
+        self, network: nn.Module, dataset: Any, output_dir: str, interval: int, device: str | torch.device
+    ) -> None:
+        self.network = network
+        self.dataset = dataset
+        self.output_dir = Path(output_dir)
+        self.interval = interval
+        self.device = device
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        if idist.get_rank() == 0:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        epoch = engine.state.epoch
+        if epoch % self.interval == 0 or epoch == engine.state.max_epochs:
+            save_preview(self.draw_first(f"epoch {epoch}"), self.output_dir, epoch, self.tag)
+
+    def draw_first(self, title: str) -> Figure:
+        """Figure of the first items of the dataset."""
+        raise NotImplementedError
 
 
 def draw_segmentation(case: Mapping[str, Any], preset: Preset, title: str) -> Figure:
@@ -87,47 +157,79 @@ def draw_segmentation(case: Mapping[str, Any], preset: Preset, title: str) -> Fi
     return segmentation_figure(image, maps, preset.labels, f"{title}: {path.name}", scan.pixdim.tolist())
 
 
-class ViewsPreview:
-    """Draw the two views of the first two validation scans, with the cosines of their embeddings.
+class ReconstructionPreview(PretextPreview):
+    """Draw what the network makes of one fixed validation case: original, masked, reconstruction.
+
+    The network is called as ``network(image, mask)``.
 
     Args:
-        network: pretext network, called as ``network(view_1, view_2)``.
-        dataset: its items hold the views ``image`` and ``image_2``, ``(C, *spatial)``; the first channel is shown.
-        output_dir: folder for ``previews/epoch_NNNN.png`` and the TensorBoard events.
-        interval: epochs between two previews; the last epoch is always drawn.
-        device: of the network.
-        spacing: mm of a voxel along each axis; those of a view are smaller, as it is an enlarged part.
+        loss: knows the target, and so how a prediction becomes an image.
+        network, dataset, output_dir, interval, device: see :class:`PretextPreview`.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        dataset: Any,
-        output_dir: str,
-        interval: int,
-        device: str | torch.device,
-        spacing: Sequence[float] | None = None,
-    ) -> None:
-        self.network = network
-        self.dataset = dataset
-        self.output_dir = Path(output_dir)
-        self.interval = interval
-        self.device = device
+    tag = "reconstruction"
+
+    def __init__(self, loss: MaskedReconstructionLoss, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.loss = loss
+
+    def draw_first(self, title: str) -> Figure:
+        """Figure of the first item."""
+        item = self.dataset[0]
+        return self.draw(item[0] if isinstance(item, list) else item, title)
+
+    def draw(self, item: Mapping[str, Any], title: str) -> Any:
+        """Figure of an item of the dataset."""
+        image = torch.as_tensor(item["image"]).as_subclass(torch.Tensor).unsqueeze(0).to(self.device)
+        mask = item["mask"].unsqueeze(0).to(self.device)
+        return draw_reconstruction(self.network, self.loss, image, mask, title, item["image"].pixdim.tolist())
+
+
+def draw_reconstruction(
+    network: nn.Module,
+    loss: MaskedReconstructionLoss,
+    image: torch.Tensor,
+    mask: torch.Tensor,
+    title: str,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+) -> Any:
+    """Figure of one image ``(1, C, *spatial)`` (first channel), masked and reconstructed; ``spacing`` in mm."""
+    was_training = network.training
+    network.eval()
+    with torch.no_grad():
+        prediction = loss.to_image(network(image, mask), image)
+    network.train(was_training)
+    hidden = hidden_voxels(mask, loss.patch_size)
+    masked = image.masked_fill(hidden, float("nan"))
+    reconstruction = torch.where(hidden, prediction, image)  # visible patches as they are
+    columns = {"original": image, "masked": masked, "reconstruction": reconstruction}
+    return reconstruction_figure(
+        {name: volume[0, 0].float().cpu().numpy() for name, volume in columns.items()},
+        f"{title}; target: {loss.target_name}",
+        spacing,
+    )
+
+
+class ViewsPreview(PretextPreview):
+    """Draw the two views of the first two validation scans, with the cosines of their embeddings.
+
+    The network is called as ``network(view_1, view_2)``; items of the dataset hold the views ``image`` and
+    ``image_2``, ``(C, *spatial)``, of which the first channel is shown.
+
+    Args:
+        spacing: mm of a voxel along each axis; those of a view are smaller, as it is an enlarged part.
+        network, dataset, output_dir, interval, device: see :class:`PretextPreview`.
+    """
+
+    tag = "views"
+
+    def __init__(self, spacing: Sequence[float] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.spacing = spacing or (1.0, 1.0, 1.0)
 
-    def attach(self, engine: Engine) -> None:
-        """Attach to a trainer."""
-        if idist.get_rank() == 0:
-            engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        epoch = engine.state.epoch
-        if epoch % self.interval and epoch != engine.state.max_epochs:
-            return
-        figure = self.draw([self.dataset[index] for index in range(2)], f"epoch {epoch}")
-        save_figure(figure, self.output_dir / "previews" / f"epoch_{epoch:04d}.png")
-        with SummaryWriter(str(self.output_dir / "tensorboard")) as writer:
-            writer.add_image("views", figure_pixels(figure), epoch, dataformats="HWC")
+    def draw_first(self, title: str) -> Figure:
+        """Figure of two items."""
+        return self.draw([self.dataset[index] for index in range(2)], title)
 
     def draw(self, items: Sequence[Mapping[str, Any]], title: str) -> Figure:
         """Figure of two items of the dataset."""

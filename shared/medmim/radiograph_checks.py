@@ -11,6 +11,7 @@ from typing import Any
 import ignite.distributed as idist
 
 from medmim.checks import is_number, is_whole
+from medmim.classification import class_weights
 from medmim.datalists import Datalist, Item
 from medmim.datasets import Preset, get_radiograph_preset
 from medmim.description import read_description
@@ -92,11 +93,24 @@ def _split_faults(preset: Preset, dataset_dir: str, datalist: str | None, labell
             f"--dataset_dir {dataset_dir}: {len(split.validation)} images for validation by "
             f"{idist.get_world_size()} processes: each needs one: start fewer, or lower --folds"
         ]
-    if labelled and not any(
-        sum(value == 1 for value in column) for column in zip(*_labels(split.training), strict=True)
-    ):
-        return [f"--dataset_dir {dataset_dir}: no image for training has any of the classes: nothing could be learned"]
+    if labelled:
+        return _label_faults(split, preset, dataset_dir)
     return []
+
+
+def _label_faults(split: Datalist, preset: Preset, dataset_dir: str) -> list[str]:
+    """Labels from which nothing could be learned, or on which nothing could be scored."""
+    faults = []
+    for name, items, use in (("training", split.training, "learned"), ("validation", split.validation, "scored")):
+        columns = list(zip(*_labels(items), strict=True))
+        if not any(0.0 in column and 1.0 in column for column in columns):
+            classification: Any = preset.classification
+            faults.append(
+                f"--dataset_dir {dataset_dir}: none of {', '.join(classification.outputs)} has images with it and "
+                f"images without it among the {len(items)} for {name}: nothing could be {use}: add images, or change "
+                "--fold, --folds or --label_fraction"
+            )
+    return faults
 
 
 def _labels(items: Sequence[Item]) -> list[list[float]]:
@@ -117,6 +131,27 @@ def _tell_classes(split: Datalist, preset: Preset) -> None:
         absent = [label for label, n in zip(classification.outputs, counts, strict=True) if n == 0]
         if absent:
             logger.warning(f"{name}: no image has {' or '.join(absent)}: no score can be given, or nothing be learned")
+
+
+def check_class_weights(split: Datalist, preset: Preset, how: Any) -> None:
+    """Refuse weights that are none; see :func:`medmim.classification.class_weights`."""
+    if preset.classification is not None:  # check_radiograph_preset says so otherwise
+        class_weights(split.training, preset.classification, how)
+
+
+def check_evaluated(split: Datalist, part: Any) -> None:
+    """Refuse to evaluate on images that are not there.
+
+    Raises:
+        ValueError: naming the knob.
+    """
+    if part not in ("validation", "test"):
+        raise ValueError(f"--part {part}: expected validation or test")
+    if part == "test" and len(split.test) < idist.get_world_size():
+        raise ValueError(
+            f"--part test: {len(split.test)} images for testing: give --test_fold as in training, or a --datalist that "
+            "names test images in its column split"
+        )
 
 
 def check_radiographs(items: Datalist | Sequence[Item], preset: Preset, remember: str | Path | None = None) -> None:

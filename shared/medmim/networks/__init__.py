@@ -11,6 +11,7 @@ from medmim.networks.simclr import SimCLR
 from medmim.networks.simmim import SimMIM
 from medmim.networks.unetr import UNETR
 from medmim.networks.vit import checkpoint_activations
+from medmim.networks.vit_classifier import ViTClassifier
 
 __all__ = [
     "UNETR",
@@ -21,6 +22,7 @@ __all__ = [
     "MaskedAutoencoder",
     "SimCLR",
     "SimMIM",
+    "ViTClassifier",
     "checkpoint_activations",
     "patchify",
     "sincos_position_embedding",
