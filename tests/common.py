@@ -18,8 +18,10 @@ SWIN_UNETR = "swin_unetr_segmentation"
 MIM = "mim_convvit_pretraining"
 SIMMIM_VIT, SIMMIM_SWIN = "simmim_vit_pretraining", "simmim_swin_pretraining"
 SIMCLR = "simclr_vit_pretraining"
-PRETRAINING = (MAE, MIM, SIMCLR, SIMMIM_VIT, SIMMIM_SWIN)
-OTHERS = (MIM, SIMCLR, SIMMIM_VIT, SIMMIM_SWIN, CONVVIT_UNETR, SWIN_UNETR)  # run by the slow tests
+MAE_CXR, VIT_CXR = "mae_vit_cxr_pretraining", "vit_cxr_classification"
+RADIOGRAPHS = (MAE_CXR, VIT_CXR)
+PRETRAINING = (MAE, MAE_CXR, MIM, SIMCLR, SIMMIM_VIT, SIMMIM_SWIN)
+OTHERS = (MIM, SIMCLR, SIMMIM_VIT, SIMMIM_SWIN, CONVVIT_UNETR, SWIN_UNETR, MAE_CXR, VIT_CXR)  # run by the slow tests
 both = pytest.mark.parametrize("bundle", [MAE, UNETR])
 slow_ones = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
 every = pytest.mark.parametrize("bundle", [MAE, UNETR, *slow_ones])
@@ -27,7 +29,6 @@ TINY = {  # knobs of a training that takes seconds, with those of its network be
     "epochs": 2,
     "warmup_epochs": 0,
     "batch_size": 2,
-    "crops_per_scan": 2,
     "val_interval": 1,
 }
 TINY_VIT = {
@@ -37,6 +38,16 @@ TINY_VIT = {
     "mlp_dim": 96,
     "num_layers": 4,
     "num_heads": 4,
+    "crops_per_scan": 2,
+}
+TINY_2D = {
+    "roi_size": [32, 24],
+    "patch_size": 8,
+    "hidden_size": 48,
+    "mlp_dim": 96,
+    "num_layers": 2,
+    "num_heads": 4,
+    "batch_size": 8,
 }
 TINY_OF = {
     MAE: TINY_VIT | {"decoder_hidden_size": 24, "decoder_num_layers": 1, "decoder_num_heads": 4},
@@ -59,6 +70,8 @@ TINY_OF = {
         "crops_per_scan": 1,
         "overlap": 0.25,
     },
+    MAE_CXR: TINY_2D | {"decoder_hidden_size": 24, "decoder_num_layers": 1, "decoder_num_heads": 4},
+    VIT_CXR: TINY_2D | {"drop_path_rate": 0.0},
     SIMCLR: TINY_VIT | {"projector_hidden_size": 24, "projector_out_size": 16},
     SIMMIM_VIT: TINY_VIT | {"decoder_hidden_size": 24, "decoder_num_heads": 4},
     SIMMIM_SWIN: {
@@ -97,6 +110,8 @@ FILES = {  # that travel
     SIMMIM_VIT: ["encoder.pt", "model.pt", "model.json"],
     SIMMIM_SWIN: ["encoder.pt", "model.pt", "model.json"],
     SIMCLR: ["encoder.pt", "model.pt", "model.json"],
+    MAE_CXR: ["encoder.pt", "model.pt", "model.json"],
+    VIT_CXR: ["model.pt", "model.json"],
 }
 
 

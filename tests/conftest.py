@@ -16,7 +16,8 @@ from monai.utils import set_determinism
 
 from medmim.datasets import Preset, get_preset
 from medmim.phantom import write_phantom
-from tests.common import BUNDLES, TINY, TINY_OF
+from medmim.phantom_radiographs import write_phantom_radiographs
+from tests.common import BUNDLES, RADIOGRAPHS, TINY, TINY_OF
 
 N_CASES = 6  # fold 0 of 5: four for training, two for validation
 COARSE_PRESET = """\
@@ -75,7 +76,27 @@ def coarse_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_bundle(phantom_dir: Path, coarse_preset: Path) -> Callable[..., ConfigWorkflow]:
+def radiographs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Synthetic radiographs, 20 patients; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("radiographs")
+    write_phantom_radiographs(folder, 20)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_of(phantom_dir: Path, coarse_preset: Path, radiographs_dir: Path) -> Callable[[str], dict[str, str]]:
+    """The knobs ``dataset`` and ``dataset_dir`` that suit a bundle."""
+
+    def knobs(bundle: str) -> dict[str, str]:
+        if bundle in RADIOGRAPHS:
+            return {"dataset": "phantom_cxr", "dataset_dir": str(radiographs_dir)}
+        return {"dataset": str(coarse_preset), "dataset_dir": str(phantom_dir)}
+
+    return knobs
+
+
+@pytest.fixture(scope="session")
+def run_bundle(data_of: Callable[[str], dict[str, str]]) -> Callable[..., ConfigWorkflow]:
     """Runs a bundle as ``python -m monai.bundle run`` does, in this process, on the CPU.
 
     ``run_bundle(bundle, "train", "evaluate", folder=tmp_path, epochs=1)`` merges ``train.yaml`` and ``evaluate.yaml``
@@ -83,11 +104,11 @@ def run_bundle(phantom_dir: Path, coarse_preset: Path) -> Callable[..., ConfigWo
     """
 
     def run(bundle: str, *configs: str, folder: Path, **knobs: Any) -> ConfigWorkflow:
-        settings: dict[str, Any] = {"dataset_dir": str(phantom_dir), "num_workers": 0}
+        settings: dict[str, Any] = {"dataset_dir": data_of(bundle)["dataset_dir"], "num_workers": 0}
         settings |= {"output_dir": str(folder / "output"), "models_dir": str(folder / "models")}
         settings |= {"device": "$torch.device('cpu')", "amp": False}
         if "train" in configs:
-            settings |= {"dataset": str(coarse_preset)} | TINY | TINY_OF[bundle]
+            settings |= data_of(bundle) | TINY | TINY_OF[bundle]
         settings |= {key: str(value) if isinstance(value, Path) else value for key, value in knobs.items()}
         search_path = sys.path.copy()
         with chdir(BUNDLES / bundle):
@@ -203,6 +224,26 @@ def swin_from_scratch(run_bundle: Callable[..., ConfigWorkflow], tmp_path_factor
     folder = tmp_path_factory.mktemp("swin_from_scratch")
     knobs = {"epochs": 8, "learning_rate": 0.005, "val_interval": 4, "overlap": 0.0}
     run_bundle("swin_unetr_segmentation", "train", folder=folder, **knobs)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained_cxr(run_bundle: Callable[..., ConfigWorkflow], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a short pre-training on radiographs: ``output`` and ``models``; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("pretrained_cxr")
+    run_bundle("mae_vit_cxr_pretraining", "train", folder=folder, epochs=8, learning_rate=0.003, val_interval=4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classified(
+    run_bundle: Callable[..., ConfigWorkflow], pretrained_cxr: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Folder of a short classification from ``pretrained_cxr``, fold 1 for testing; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("classified")
+    knobs = {"epochs": 8, "learning_rate": 0.003, "val_interval": 4, "test_fold": 1, "layer_decay": 1.0}
+    encoder = pretrained_cxr / "models" / "encoder.pt"
+    run_bundle("vit_cxr_classification", "train", folder=folder, pretrained_encoder=encoder, **knobs)
     return folder
 
 

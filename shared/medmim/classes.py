@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 TASKS = ("multiclass", "binary", "multilabel")
+COLUMNS = ("image_column", "label_column", "patient_column", "split_column", "nothing")
+LISTS = ("datalist", "training_list", "test_list")
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,13 @@ def _faults(values: Mapping[str, Any]) -> list[str]:
         faults.append(f"a binary task needs two classes, the negative one first, found {len(classes)}")
     if len(classes) < (1 if task == "multilabel" else 2):
         faults.append(f"a {task} task needs more classes, found {len(classes)}")
+    for key in (key for key in COLUMNS if key in values):
+        if not isinstance(values[key], str) or not values[key]:
+            faults.append(f"{key} must be text, found {values[key]!r}")
+    for key in (key for key in LISTS if key in values):
+        name = values[key]
+        if name is not None and (not isinstance(name, str) or not name or Path(name).is_absolute()):
+            faults.append(f"{key} must name a file in the folder of the data, or be null, found {name!r}")
     if not isinstance(patterns, Mapping) or set(patterns) - set(classes):
         return [*faults, f"patterns must map classes to regular expressions, found {patterns!r}"]
     for text in [*patterns.values(), values.get("patient_pattern")]:

@@ -166,7 +166,7 @@ class ClassificationScores(Metric):
         matrices = []
         for i in range(predicted.shape[1]):
             known = ~np.isnan(self.labels[:, i])
-            matrices.append(confusion_matrix(self.labels[known, i], predicted[known, i], labels=[0, 1]))
+            matrices.append(_matrix(self.labels[known, i], predicted[known, i]))
         return matrices[0] if self.classification.task == "binary" else np.stack(matrices)
 
     def write_table(self, path: Path) -> list[dict[str, Any]]:
@@ -224,11 +224,16 @@ def calibration_error(right: np.ndarray, probabilities: np.ndarray) -> float:
     return float((gaps * counts).sum() / counts.sum())
 
 
+def _matrix(labels: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Reference (rows) against prediction (columns), no and yes; of no image too."""
+    return confusion_matrix(labels, found, labels=[0, 1]) if len(labels) else np.zeros((2, 2), dtype=int)
+
+
 def _at_threshold(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> dict[str, float]:
     if not len(labels):
         return {}
     found = probabilities >= threshold
-    (tn, fp), (fn, tp) = confusion_matrix(labels, found, labels=[0, 1])
+    (tn, fp), (fn, tp) = _matrix(labels, found)
     row = {"threshold": threshold, "accuracy": (tp + tn) / len(labels), "ece": calibration_error(labels, probabilities)}
     if tp + fn:
         row |= {"f1": 2 * tp / (2 * tp + fp + fn), "sensitivity": tp / (tp + fn)}

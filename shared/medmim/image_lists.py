@@ -26,7 +26,7 @@ SEPARATOR = "|"  # between the findings of an image
 
 
 def find_radiographs(folder: str | Path) -> list[Path]:
-    """JPEG, PNG and DICOM files below a folder, sorted; hidden files and results of earlier runs are left out.
+    """JPEG, PNG and DICOM files below a folder, sorted; what is hidden and results of earlier runs are left out.
 
     Raises:
         ValueError: when the folder is missing or holds none.
@@ -40,7 +40,7 @@ def find_radiographs(folder: str | Path) -> list[Path]:
         path
         for path in files
         if path.suffix.lower() in RADIOGRAPH_SUFFIXES
-        and not path.name.startswith(".")
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and not (results and results & set(path.parents))
     ]
     if not found:
@@ -121,14 +121,17 @@ def _find_list(root: Path, datalist: Path | None, classification: Classification
             raise ValueError(f"--datalist {datalist}: no such file")
         return datalist
     if classification is None or classification.datalist is None:
-        return root / "labels.csv" if (root / "labels.csv").is_file() and _has_images(root / "labels.csv") else None
+        column = "image" if classification is None else classification.image_column
+        return root / "labels.csv" if _has_column(root / "labels.csv", column) else None
     found = sorted(root.glob(classification.datalist))
     return found[-1] if found else None
 
 
-def _has_images(path: Path) -> bool:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        return "image" in file.readline().strip().split(",")
+def _has_column(path: Path, column: str) -> bool:
+    if not path.is_file():
+        return False
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        return column in next(csv.reader(file), [])
 
 
 def _read_folder(root: Path, classification: Classification | None, labelled: bool) -> list[Item]:
@@ -181,16 +184,20 @@ def _as_vector(names: Sequence[str], classification: Classification) -> list[flo
 def _read_csv(path: Path, root: Path, classification: Classification | None, labelled: bool) -> list[Item]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows = {}
+            for row in reader:
+                rows[reader.line_num] = row
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not readable as a CSV in UTF-8 ({error}): save it as UTF-8") from error
     columns = classification or Classification("multilabel", ("any",))
-    if not rows or columns.image_column not in rows[0]:
-        found = ", ".join(rows[0]) if rows else "no line"
+    first = next(iter(rows.values()), {})
+    if columns.image_column not in first:
+        found = ", ".join(map(str, first)) or "no line"
         raise ValueError(f"{path}: found {found}, expected a column '{columns.image_column}' with names of images")
-    where = _locate([str(row[columns.image_column] or "") for row in rows], root, path)
+    where = _locate({number: str(row[columns.image_column] or "") for number, row in rows.items()}, root, path)
     items = []
-    for number, (row, image) in enumerate(zip(rows, where, strict=True), start=2):
+    for (number, row), image in zip(rows.items(), where, strict=True):
         item: Item = {"image": image}
         split = str(row.get(columns.split_column) or "").strip().lower()
         if split and split not in SPLITS:
@@ -205,11 +212,11 @@ def _read_csv(path: Path, root: Path, classification: Classification | None, lab
     return items
 
 
-def _locate(names: Sequence[str], root: Path, path: Path) -> list[str]:
-    """Files of a list: below the folder as given, or the one file with this name anywhere below it."""
+def _locate(names: Mapping[int, str], root: Path, path: Path) -> list[str]:
+    """Files of a list, given by line: below the folder as given, or the one file with this name anywhere below it."""
     below: dict[str, list[Path]] | None = None
     where, missing = [], []
-    for number, name in enumerate(names, start=2):
+    for number, name in names.items():
         if not name.strip():
             raise ValueError(f"{path}: line {number} names no image")
         file = root / name.strip()
@@ -249,7 +256,7 @@ def _label_of_row(row: Mapping[str, Any], place: str, classification: Classifica
         names = [text]
     else:
         names = [name.strip() for name in text.split(SEPARATOR)] if text else []
-        names = [name for name in names if name != classification.nothing]
+        names = [name for name in names if name != classification.nothing or name in classes]
         if not text:
             return [math.nan] * len(classes)
     unknown = [name for name in names if name not in classes]
@@ -278,7 +285,7 @@ def _mark_official(items: list[Item], root: Path, classification: Classification
     official: dict[str, str] = {}
     for part, name in (("training", classification.training_list), ("test", classification.test_list)):
         if name and (root / name).is_file():
-            for line in (root / name).read_text(encoding="utf-8").split():
+            for line in _read_lines(root / name):
                 if official.setdefault(line, part) != part:
                     raise ValueError(f"{root / name}: {line} stands in the lists of training and of test: correct them")
     for item in items:
@@ -288,6 +295,14 @@ def _mark_official(items: list[Item], root: Path, classification: Classification
         logger.info(
             f"{sum(item.get('split') == 'test' for item in items)} images kept for testing, as {root} lists them"
         )
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not readable as UTF-8 ({error}): save it as UTF-8") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _check_twice(items: list[Item]) -> None:

@@ -23,7 +23,7 @@ def find_patients(items: list[Item], pattern: str | None) -> None:
     """A patient for each item, as far as a column or the name tells; copies of a file get the same ``copies``."""
     for item in items:
         match = re.search(pattern, Path(item["image"]).name) if pattern and "patient" not in item else None
-        if match:
+        if match and match.group(1):
             item["patient"] = match.group(1)
     by_size: dict[int, list[Item]] = defaultdict(list)
     for item in items:
@@ -79,6 +79,9 @@ def split_images(
     split: dict[str, list[Item]] = {"training": [], "validation": [], "test": []}
     for item in items:
         split[item.get("split", "training")].append(item)
+    for knob, part in (("fold", fold), ("test_fold", test_fold)):
+        if part is not None and not 0 <= part < folds:
+            raise ValueError(f"--{knob} {part} of --folds {folds}: {knob} must lie in 0 … folds - 1")
     if test_fold is not None and split["test"]:
         raise ValueError(f"--test_fold {test_fold}: {root} names {len(split['test'])} test images: leave it away")
     if test_fold is not None and test_fold == fold:

@@ -61,7 +61,8 @@ def write_phantom_radiographs(folder: str | Path, n_patients: int = 160, seed: i
     """
     folder = Path(folder)
     listed = folder / "labels.csv"
-    if folder.is_dir() and any(folder.iterdir()) and not (listed.is_file() and MARK in listed.read_text()):
+    ours = listed.is_file() and MARK in listed.read_text(errors="replace")
+    if folder.is_dir() and any(folder.iterdir()) and not ours:
         raise ValueError(
             f"--dataset_dir {folder}: holds other data, synthetic radiographs are not written into it: for a small "
             "network on data of your own leave demo.yaml away and set its knobs"

@@ -87,7 +87,8 @@ class SplitReconstructiond(MapTransform):
         )
         path = Path(str(output.meta["filename_or_obj"]))
         folder = self.output_dir / os.path.relpath(path.parent, self.data_root_dir)
-        name = path.name.removesuffix(".gz").removesuffix(".nii")
+        name = path.name.removesuffix(".gz")
+        name = name.removesuffix(Path(name).suffix)
         save_figure(figure, folder / f"{name}_reconstruction.png")
         result["masked"] = torch.nan_to_num(masked, nan=0.0)
         result["reconstruction"] = reconstruction

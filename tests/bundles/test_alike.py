@@ -3,7 +3,19 @@
 import pytest
 from monai.bundle import ConfigParser
 
-from tests.common import BUNDLES, CONVVIT_UNETR, MAE, MIM, SIMCLR, SIMMIM_SWIN, SIMMIM_VIT, SWIN_UNETR, UNETR
+from tests.common import (
+    BUNDLES,
+    CONVVIT_UNETR,
+    MAE,
+    MAE_CXR,
+    MIM,
+    SIMCLR,
+    SIMMIM_SWIN,
+    SIMMIM_VIT,
+    SWIN_UNETR,
+    UNETR,
+    VIT_CXR,
+)
 from tools.configs import TEMPLATES
 
 ALL = sorted(path.parents[1].name for path in BUNDLES.glob("*/configs/train.yaml"))
@@ -23,7 +35,14 @@ def test_segmentation_bundles_differ_in_training_only(bundle: str, name: str) ->
 
 @pytest.mark.parametrize(
     ("pretraining", "segmentation"),
-    [(MAE, UNETR), (SIMMIM_VIT, UNETR), (SIMCLR, UNETR), (SIMMIM_SWIN, SWIN_UNETR), (MIM, CONVVIT_UNETR)],
+    [
+        (MAE, UNETR),
+        (SIMMIM_VIT, UNETR),
+        (SIMCLR, UNETR),
+        (SIMMIM_SWIN, SWIN_UNETR),
+        (MIM, CONVVIT_UNETR),
+        (MAE_CXR, VIT_CXR),
+    ],
 )
 def test_encoders_of_the_demos_fit(pretraining: str, segmentation: str) -> None:
     first, second = (

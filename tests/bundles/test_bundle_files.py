@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from contextlib import chdir
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,20 @@ import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.config_item import ConfigComponent
 
-from tests.common import CONVVIT_UNETR, MAE, MIM, SIMCLR, SIMMIM_SWIN, SIMMIM_VIT, SWIN_UNETR, TINY, TINY_OF, UNETR
+from tests.common import (
+    CONVVIT_UNETR,
+    MAE,
+    MAE_CXR,
+    MIM,
+    SIMCLR,
+    SIMMIM_SWIN,
+    SIMMIM_VIT,
+    SWIN_UNETR,
+    TINY,
+    TINY_OF,
+    UNETR,
+    VIT_CXR,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLES = sorted(path for path in (ROOT / "bundles").iterdir() if (path / "configs").is_dir())
@@ -129,6 +143,8 @@ TRAINED = {  # fixtures: folders that a training of each bundle has written
     SIMCLR: "pretrained_simclr",
     CONVVIT_UNETR: "convvit_from_scratch",
     SWIN_UNETR: "swin_from_scratch",
+    MAE_CXR: "pretrained_cxr",
+    VIT_CXR: "classified",
 }
 
 
@@ -137,16 +153,16 @@ def test_required_properties_are_there(
     bundle: Path,
     config: str,
     kind: str,
-    phantom_dir: Path,
-    coarse_preset: Path,
+    data_of: Callable,
     request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
     trained = request.getfixturevalue(TRAINED[bundle.name])
-    knobs = {"dataset_dir": str(phantom_dir), "models_dir": str(trained / "models"), "num_workers": 0}
+    data = data_of(bundle.name)
+    knobs = {"dataset_dir": data["dataset_dir"], "models_dir": str(trained / "models"), "num_workers": 0}
     knobs["output_dir"] = str(tmp_path)
     if config == "train":
-        knobs |= TINY | TINY_OF[bundle.name] | {"dataset": str(coarse_preset), "cache_rate": 0.0}
+        knobs |= TINY | TINY_OF[bundle.name] | data | {"cache_rate": 0.0}
     with chdir(bundle):
         workflow = ConfigWorkflow([f"configs/{config}.yaml"], logging_file=False, workflow_type=kind, **knobs)
         workflow.initialize()

@@ -33,13 +33,11 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", 
 
 
 @pytest.fixture
-def arguments(phantom_dir: Path, coarse_preset: Path) -> Callable[..., list[str]]:
+def arguments(data_of: Callable) -> Callable[..., list[str]]:
     """The runner's arguments for a tiny training."""
 
     def make(bundle: str, folder: Path, **knobs: Any) -> list[str]:
-        knobs = (
-            TINY | TINY_OF[bundle] | {"dataset": coarse_preset, "dataset_dir": phantom_dir, "num_workers": 0} | knobs
-        )
+        knobs = TINY | TINY_OF[bundle] | data_of(bundle) | {"num_workers": 0} | knobs
         knobs |= {"output_dir": folder / "output", "models_dir": folder / "models", "checkpoint_interval": 1}
         knobs |= {"preview_interval": 99} if bundle in PRETRAINING else {}
         found = ["--config_file", "configs/train.yaml", "--resume", "true"]

@@ -39,16 +39,19 @@ def load_radiograph(path: str | Path) -> MetaTensor:
         raise
     except Exception as error:  # readers raise anything from SyntaxError to struct.error
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-        raise ScanError(f"{path}: not readable ({reason}): replace or remove the file") from error
+        advice = "replace or remove the file"
+        if "missing dependencies" in reason:  # DICOM of a compression that pydicom alone cannot undo
+            advice = "install pylibjpeg or gdcm, decompress the file, or remove it"
+        raise ScanError(f"{path}: not readable ({reason}): {advice}") from error
     if grey.min() == grey.max():
         raise ScanError(f"{path}: constant image, each pixel is {float(grey.min()):g} of full scale: remove the file")
     image = MetaTensor(np.ascontiguousarray(grey[None], dtype=np.float32))
-    image.meta["filename_or_obj"] = str(path)
+    image.meta |= {"filename_or_obj": str(path), "spatial_shape": np.array(grey.shape)}  # as MONAI's readers say it
     return image
 
 
 def radiograph_size(path: str | Path) -> tuple[int, int]:
-    """Rows and columns that the file's header tells."""
+    """Rows and columns that the file's header tells; a picture to be turned (EXIF) has them the other way round."""
     if Path(path).suffix.lower() in DICOM:
         import pydicom
 
@@ -111,8 +114,9 @@ def _read_dicom(path: Path) -> np.ndarray:
 
 def _dicom_range(dataset: Any) -> tuple[float, float]:
     """Darkest and brightest value that a DICOM image can show: a window maps to what the stored bits can hold."""
-    if "VOILUTSequence" in dataset:
-        return 0.0, 2.0 ** int(dataset.VOILUTSequence[0].LUTDescriptor[2]) - 1
+    for table in ("VOILUTSequence", "ModalityLUTSequence"):
+        if table in dataset:
+            return 0.0, 2.0 ** int(dataset[table][0].LUTDescriptor[2]) - 1
     bits, signed = int(dataset.BitsStored), int(dataset.get("PixelRepresentation", 0))
     stored = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
