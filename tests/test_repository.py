@@ -56,10 +56,13 @@ def test_configs_do_not_import_the_package(path: Path) -> None:
     assert not [expression for expression in expressions if "medmim." in expression]
 
 
-def test_shared_knobs_are_explained_alike() -> None:
-    """A knob that several bundles have under one name means the same in each."""
+@pytest.mark.parametrize("data", ["scans", "radiographs"])
+def test_shared_knobs_are_explained_alike(data: str) -> None:
+    """A knob that several bundles for one kind of data have under one name means the same in each."""
     explanations: dict[str, set[str]] = {}
     for path in (ROOT / "bundles").glob("*/configs/train.yaml"):
+        if ("cxr" in path.parents[1].name) != (data == "radiographs"):
+            continue
         for name, comment in re.findall(r"^(\w+): .*?  # (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE):
             explanations.setdefault(name, set()).add(comment)
     own = {"crops_per_scan", "datalist", "dataset_dir", "learning_rate", "models_dir", "output_dir", "patch_size"}

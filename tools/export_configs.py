@@ -151,6 +151,8 @@ def inference_config(config: Config, description: Description, bundle: str) -> C
         "network": description["network"],
         "preset": {key: value for key, value in preset.items() if key not in TEXTS},
     }
+    if "thresholds" in description:  # of a classification
+        config["description"]["thresholds"] = description["thresholds"]
     config["roi_size"] = arguments["img_size"]
     if "@description" in str(config.get("patch_size")) and "patch_size" in arguments:  # else the network's own
         config["patch_size"] = arguments["patch_size"]

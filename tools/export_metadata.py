@@ -53,6 +53,9 @@ def make_metadata(folder: Path, description: dict[str, Any] | None, licenses: di
         names = {0: "background"} | preset.labels
         classes = {str(value): names.get(value, "unused") for value in range(arguments["out_channels"])}
         pred["pred"] |= {"num_channels": len(classes), "spatial_shape": size, "channel_def": classes}
+    elif preset.classification is not None and pred["pred"]["format"] == "logits":
+        outputs = {str(number): name for number, name in enumerate(preset.classification.outputs)}
+        pred["pred"] |= {"num_channels": len(outputs), "channel_def": outputs}
     else:
         with shapes_only():
             extractor: Any = build_network(description)

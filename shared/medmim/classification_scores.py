@@ -128,34 +128,37 @@ class ClassificationScores(Metric):
             row |= _at_threshold(labels, probabilities, thresholds[name])
             auc, precision = area(labels, probabilities), precision_area(labels, probabilities)
             if auc is not None:
-                aucs.append([area(labels, probabilities, draw[known]) for draw in draws])
-                precisions.append([precision_area(labels, probabilities, draw[known]) for draw in draws])
+                drawn = drawn_areas(labels, probabilities, draws[:, known])
+                aucs.append(drawn[0])
+                precisions.append(drawn[1])
                 row |= _with_interval("auc", auc, aucs[-1])
                 row |= _with_interval("average_precision", precision, precisions[-1])
             rows.append(row)
         rows.append(self._mean_row(rows, aucs, precisions))
         return rows
 
-    def _mean_row(self, rows: Sequence[Mapping[str, Any]], aucs: list, precisions: list) -> dict[str, Any]:
+    def _mean_row(
+        self, rows: Sequence[Mapping[str, Any]], aucs: list[np.ndarray], precisions: list[np.ndarray]
+    ) -> dict[str, Any]:
         scored = [row for row in rows if "auc" in row]
         names = ("accuracy", "f1", "sensitivity", "specificity", "ece")
         row: dict[str, Any] = {"class": f"mean of {len(scored)}", "images": len(self.cases)}
         row |= {name: float(np.mean([r[name] for r in scored if name in r])) for name in names if scored}
         if scored:
             for name, samples in (("auc", aucs), ("average_precision", precisions)):
-                means = [None if None in sample else np.mean(sample) for sample in zip(*samples, strict=True)]
+                means = np.mean(samples, axis=0)  # NaN where a draw lacks one side of a class
                 row |= _with_interval(name, float(np.mean([r[name] for r in scored])), means)
         if self.classification.task == "multiclass":
             right = self.predicted().argmax(1) == self.labels.argmax(1)
             row |= {"accuracy": float(right.mean()), "ece": calibration_error(right, self.probabilities.max(1))}
         return row
 
-    def _draws(self, n: int, seed: int) -> list[np.ndarray]:
-        """How often each image is drawn, when patients are drawn with replacement."""
+    def _draws(self, n: int, seed: int) -> np.ndarray:
+        """How often each image is drawn, ``(draws, images)``, when patients are drawn with replacement."""
         names = [self.cases[file][2] for file in self.files]
         patients, of_image = np.unique(names, return_inverse=True)
         random = np.random.default_rng(seed)
-        return [random.multinomial(len(patients), [1 / len(patients)] * len(patients))[of_image] for _ in range(n)]
+        return random.multinomial(len(patients), [1 / len(patients)] * len(patients), size=n)[:, of_image]
 
     def confusion(self) -> np.ndarray:
         """Reference (rows) against prediction (columns): ``(classes, classes)``, ``(K, 2, 2)`` for several labels."""
@@ -190,26 +193,47 @@ class ClassificationScores(Metric):
                 writer.writerow([name, patient, *shown, *[f"{p:.6f}" for p in probabilities]])
 
 
-def area(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> float | None:
+def area(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
     """Area under the ROC curve; None without images of both sides."""
-    return float(roc_auc_score(labels, probabilities, sample_weight=weights)) if _both(labels, weights) else None
+    return float(roc_auc_score(labels, probabilities)) if _both(labels) else None
 
 
-def precision_area(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> float | None:
+def precision_area(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
     """Average precision; None without images of both sides."""
-    if not _both(labels, weights):
-        return None
-    return float(average_precision_score(labels, probabilities, sample_weight=weights))
+    return float(average_precision_score(labels, probabilities)) if _both(labels) else None
 
 
-def _both(labels: np.ndarray, weights: np.ndarray | None) -> bool:
-    present = labels if weights is None else labels[weights > 0]
-    return bool((present == 1).any() and (present == 0).any())
+def drawn_areas(labels: np.ndarray, probabilities: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Area under the ROC curve and average precision of each draw, NaN without images of both sides.
+
+    What scikit-learn computes with the draws as sample weights, sorting once for all of them.
+
+    Args:
+        labels, probabilities: ``(images,)``.
+        draws: ``(draws, images)``, how often each image is drawn.
+    """
+    order = np.argsort(-probabilities, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(probabilities[order])), len(order) - 1)  # of each run of equal ones
+    areas, precisions = [], []
+    for weights in draws[:, order]:
+        true = np.append(0.0, np.cumsum(weights * labels[order])[ends])
+        false = np.append(0.0, np.cumsum(weights * (1 - labels[order]))[ends])
+        if true[-1] == 0 or false[-1] == 0:
+            areas.append(np.nan)
+            precisions.append(np.nan)
+            continue
+        areas.append(np.trapezoid(true, false) / (true[-1] * false[-1]))
+        precisions.append((np.diff(true) * true[1:] / np.maximum(true[1:] + false[1:], 1)).sum() / true[-1])
+    return np.array(areas), np.array(precisions)
+
+
+def _both(labels: np.ndarray) -> bool:
+    return bool((labels == 1).any() and (labels == 0).any())
 
 
 def best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Probability with the best F1; 0.5 without images of both sides."""
-    if not _both(labels, None):
+    if not _both(labels):
         return 0.5
     precision, recall, thresholds = precision_recall_curve(labels, probabilities)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
@@ -240,9 +264,9 @@ def _at_threshold(labels: np.ndarray, probabilities: np.ndarray, threshold: floa
     return row | ({"specificity": tn / (tn + fp)} if tn + fp else {})
 
 
-def _with_interval(name: str, value: float | None, samples: Sequence[float | None]) -> dict[str, Any]:
-    drawn = [sample for sample in samples if sample is not None]
-    if not drawn:
+def _with_interval(name: str, value: float | None, samples: np.ndarray) -> dict[str, Any]:
+    drawn = samples[np.isfinite(samples)]
+    if not len(drawn):
         return {name: value}
     low, high = np.percentile(drawn, [2.5, 97.5])
     return {name: value, f"{name}_low": float(low), f"{name}_high": float(high)}

@@ -79,9 +79,9 @@ def split_images(
     split: dict[str, list[Item]] = {"training": [], "validation": [], "test": []}
     for item in items:
         split[item.get("split", "training")].append(item)
-    for knob, part in (("fold", fold), ("test_fold", test_fold)):
-        if part is not None and not 0 <= part < folds:
-            raise ValueError(f"--{knob} {part} of --folds {folds}: {knob} must lie in 0 … folds - 1")
+    for knob, number in (("fold", fold), ("test_fold", test_fold)):
+        if number is not None and not 0 <= number < folds:
+            raise ValueError(f"--{knob} {number} of --folds {folds}: {knob} must lie in 0 … folds - 1")
     if test_fold is not None and split["test"]:
         raise ValueError(f"--test_fold {test_fold}: {root} names {len(split['test'])} test images: leave it away")
     if test_fold is not None and test_fold == fold:
@@ -99,8 +99,8 @@ def split_images(
             f"{len(split['validation'])} for validation with --fold {fold} of --folds {folds}: add images or patients, "
             "or lower folds"
         )
-    for part in split.values():
-        part.sort(key=lambda item: str(item["image"]))
+    for chosen in split.values():
+        chosen.sort(key=lambda item: str(item["image"]))
     order = np.random.RandomState(split_seed).permutation(len(split["training"]))
     split["training"] = [split["training"][i] for i in order]
     return split

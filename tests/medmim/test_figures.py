@@ -28,10 +28,10 @@ def test_planes_are_middle_slices_with_the_head_up():
     assert chosen[2][5, 3] == volume[3, 0, 0]
 
 
-def test_a_picture_is_its_only_plane():
+def test_a_picture_is_its_only_plane_and_is_not_turned():
     picture = np.arange(6).reshape(2, 3)
     assert len(planes(picture)) == 1
-    assert planes(picture)[0].shape == (3, 2)
+    assert np.array_equal(planes(picture)[0], picture)
 
 
 @pytest.mark.parametrize("size", [(8, 10, 6), (8, 10)])

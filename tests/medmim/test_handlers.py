@@ -17,18 +17,17 @@ from medmim.figures import curves_figure
 from medmim.handlers import (
     LearningCurve,
     NonFiniteLossError,
-    ReconstructionPreview,
     SaveBestModel,
     SaveEncoder,
     SaveScores,
     StopOnNonFiniteLoss,
     batch_files,
-    draw_reconstruction,
-    hidden_voxels,
 )
 from medmim.losses import MaskedReconstructionLoss
 from medmim.metrics import SegmentationScores
 from medmim.networks import FeatureExtractor, MaskedAutoencoder
+from medmim.networks.patches import hidden_voxels
+from medmim.previews import ReconstructionPreview, draw_reconstruction
 from medmim.weights import build_encoder, load_checkpoint
 
 SIZE = (16, 24, 8)
@@ -252,7 +251,8 @@ def test_preview_is_written_as_png_and_for_tensorboard(tmp_path, tiny_vit, img_s
     engine = looping()
     loss = MaskedReconstructionLoss(network.patch_size)
     dataset = [[item] if crops else item]
-    ReconstructionPreview(network, loss, dataset, str(tmp_path), 2, torch.device("cpu")).attach(engine)
+    settings = {"output_dir": str(tmp_path), "interval": 2, "device": torch.device("cpu")}
+    ReconstructionPreview(loss, network=network, dataset=dataset, **settings).attach(engine)
     engine.run([0], max_epochs=3)
     pictures = sorted((tmp_path / "previews").iterdir())
     assert [path.name for path in pictures] == ["epoch_0002.png", "epoch_0003.png"]

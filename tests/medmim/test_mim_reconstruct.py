@@ -123,7 +123,8 @@ def test_preview_is_drawn_when_it_is_due(tmp_path):
     network = make(TWO_2D)
     dataset = [item_of(network, torch.rand(1, *network.levels[0].crop_size))]
     engine = Engine(lambda engine, batch: None)
-    NestedPreview(network, dataset, str(tmp_path), 2, "cpu").attach(engine)
+    preview = NestedPreview(network=network, dataset=dataset, output_dir=str(tmp_path), interval=2, device="cpu")
+    preview.attach(engine)
     engine.run([0], max_epochs=3)
     assert sorted(path.name for path in (tmp_path / "previews").iterdir()) == ["epoch_0002.png", "epoch_0003.png"]
     assert list((tmp_path / "tensorboard").glob("events*"))

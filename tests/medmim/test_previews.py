@@ -55,7 +55,7 @@ def test_first_case_is_drawn_when_it_is_due(
     monkeypatch.setattr("medmim.previews.draw_segmentation", lambda case, *a: drawn.append(case) or real(case, *a))
     engine = Engine(lambda engine, case: [case])
     out = tmp_path / "out"
-    SegmentationPreview(preset, str(out), 4, 3, 10).attach(engine)
+    SegmentationPreview(preset, output_dir=str(out), interval=4, val_interval=3, epochs=10).attach(engine)
     for epoch in (3, 6, 9, 10):
         validate(engine, cases, epoch)
     if rank:
@@ -90,7 +90,9 @@ def test_first_case_is_drawn_when_it_is_due(
     ],
 )
 def test_due(tmp_path: Path, preset: Preset, interval: int, val_interval: int, epochs: int, expected: list) -> None:
-    preview = SegmentationPreview(preset, str(tmp_path), interval, val_interval, epochs)
+    preview = SegmentationPreview(
+        preset, output_dir=str(tmp_path), interval=interval, val_interval=val_interval, epochs=epochs
+    )
     validated = sorted({*range(val_interval, epochs + 1, val_interval), epochs})
     assert [epoch for epoch in validated if preview.is_due(epoch)] == expected
 

@@ -14,10 +14,11 @@ from monai.data import MetaTensor
 from medmim import commands, scan_checks
 from medmim.datalists import load_datalist
 from medmim.datasets import Preset, get_preset
-from medmim.handlers import LearningCurve, ReconstructionPreview, SaveBestModel, SaveEncoder, SaveScores
+from medmim.handlers import LearningCurve, SaveBestModel, SaveEncoder, SaveScores
 from medmim.losses import MaskedReconstructionLoss
 from medmim.metrics import SegmentationScores
 from medmim.networks import FeatureExtractor, MaskedAutoencoder
+from medmim.previews import ReconstructionPreview
 from medmim.transforms import ScanError
 
 SIZE = (16, 24, 8)
@@ -55,7 +56,8 @@ def test_handlers_write_on_the_first_only(
         curve = LearningCurve(str(tmp_path / "curve"), torch.optim.SGD(network.parameters(), 0.1), evaluator)
         curve.attach(trainer)
         SaveEncoder(str(tmp_path / "encoder"), extractor, SIZE, preset, 1).attach(trainer)
-        ReconstructionPreview(network, loss, [item], str(tmp_path / "preview"), 1, "cpu").attach(trainer)
+        preview = {"output_dir": str(tmp_path / "preview"), "interval": 1, "device": "cpu"}
+        ReconstructionPreview(loss, network=network, dataset=[item], **preview).attach(trainer)
         trainer.run([0], max_epochs=1)
     written = {
         "best/model.pt", "best/model.json", "scores/scores.csv", "curve/scalars.csv", "curve/curves.png",

@@ -21,7 +21,8 @@ SIZE = (16, 24, 8)
 @pytest.fixture
 def preview(tiny_vit: Callable, tmp_path: Path) -> ViewsPreview:
     items = [{key: MetaTensor(torch.rand(1, *SIZE)) for key in ("image", "image_2")} for _ in range(3)]
-    return ViewsPreview(SimCLR(tiny_vit(), SIZE), items, str(tmp_path), 3, "cpu")
+    network = SimCLR(tiny_vit(), SIZE)
+    return ViewsPreview(network=network, dataset=items, output_dir=str(tmp_path), interval=3, device="cpu")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import zipfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, create_workf
 from monai.bundle.properties import InferProperties, MetaProperties
 from monai.utils import set_determinism
 
+from tests.common import rows
 from tools.export import export
 
 BUNDLES = ["mae_vit_pretraining", "unetr_segmentation", "mim_convvit_pretraining", "convvit_unetr_segmentation"]
 BUNDLES += ["swin_unetr_segmentation", "simclr_vit_pretraining", "simmim_vit_pretraining", "simmim_swin_pretraining"]
+BUNDLES += ["mae_vit_cxr_pretraining", "vit_cxr_classification"]
 LARGEST_FILE = 25 * 2**20  # bytes
 
 
@@ -151,12 +154,15 @@ def run(config_files: list[Path], kind: str, **knobs: Any) -> None:
         set_determinism(None)
 
 
-def test_properties_and_runs(folder: Path, phantom_dir: Path, tmp_path: Path) -> None:
-    knobs = {"bundle_root": str(folder), "dataset_dir": str(phantom_dir), "output_dir": str(tmp_path / "output")}
+def test_properties_and_runs(folder: Path, data_of: Callable, tmp_path: Path) -> None:
+    radiographs = "cxr" in folder.name
+    data = Path(data_of(folder.name)["dataset_dir"])
+    knobs = {"bundle_root": str(folder), "dataset_dir": str(data), "output_dir": str(tmp_path / "output")}
     train, evaluate, inference = (
         folder / "configs" / name for name in ("train.json", "evaluate.yaml", "inference.json")
     )
-    small = {"epochs": 1, "warmup_epochs": 0, "batch_size": 2, "crops_per_scan": 1, "val_interval": 1}
+    small = {"epochs": 1, "warmup_epochs": 0, "batch_size": 2, "val_interval": 1}
+    small |= {} if radiographs else {"crops_per_scan": 1}
     if "pretraining" in folder.name and "simclr" not in folder.name:
         small |= {"decoder_hidden_size": 24, "decoder_num_layers": 1, "decoder_num_heads": 4}
     if folder.name.startswith("mim"):
@@ -165,8 +171,12 @@ def test_properties_and_runs(folder: Path, phantom_dir: Path, tmp_path: Path) ->
     run([train], "train", **knobs, **small)
     assert (folder / "models" / "model.pt").read_bytes() != before
     run([train, evaluate], "train", **knobs, **small)
-    run([inference], "infer", **knobs | {"dataset_dir": str(phantom_dir / "imagesTr")})
-    assert len(list((tmp_path / "output").glob("*.nii.gz"))) == 6
+    images = data / ("images" if radiographs else "imagesTr")
+    run([inference], "infer", **knobs | {"dataset_dir": str(images)})
+    if folder.name == "vit_cxr_classification":
+        assert len(rows(tmp_path / "output" / "probabilities.csv")) == len(list(images.iterdir()))
+    else:
+        assert len(list((tmp_path / "output").glob("*.nii.gz"))) == len(list(images.iterdir()))
 
 
 def test_properties_of_the_metadata(folder: Path) -> None:
