@@ -52,7 +52,7 @@ class ClassificationPreview(ValidationPreview):
         labels = state.output["label"].cpu().numpy()[:SHOWN]
         truths = [" | ".join(names[i] for i in np.flatnonzero(row == 1)) or "none" for row in labels]
         captions = [f"{truth}\n{_told(p, names)}" for truth, p in zip(truths, probabilities, strict=True)]
-        return examples_figure(images, captions, f"epoch {state.epoch}: reference, and the likeliest")
+        return examples_figure(list(images), captions, f"epoch {state.epoch}: reference, and the likeliest")
 
 
 def _told(probabilities: np.ndarray, names: list[str]) -> str:

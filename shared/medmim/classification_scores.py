@@ -58,7 +58,7 @@ class ClassificationScores(Metric):
         logits, labels, files, patients = output
         probabilities = to_probabilities(logits.detach(), self.classification.task).cpu().tolist()
         for file, *case in zip(files, probabilities, labels.cpu().tolist(), patients, strict=True):
-            self.cases[file] = tuple(case)  # type: ignore[assignment]
+            self.cases[file] = tuple(case)
 
     def compute(self) -> float:
         """Mean AUC over all images of all ranks.
@@ -242,8 +242,8 @@ def best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
 def calibration_error(right: np.ndarray, probabilities: np.ndarray) -> float:
     """Expected calibration error (Guo et al., ICML 2017), in bins of equal width."""
-    as_batch = [torch.as_tensor(np.asarray(values, dtype=np.float64))[None, None] for values in (probabilities, right)]
-    predicted, observed, counts = calibration_binning(*as_batch, num_bins=ECE_BINS)
+    found, truth = (torch.as_tensor(np.asarray(v, dtype=np.float64))[None, None] for v in (probabilities, right))
+    predicted, observed, counts = calibration_binning(found, truth, num_bins=ECE_BINS)
     gaps = (predicted - observed).abs().nan_to_num()
     return float((gaps * counts).sum() / counts.sum())
 

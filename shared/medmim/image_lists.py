@@ -8,6 +8,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,13 @@ def load_image_list(
     if labelled:
         split["training"] = in_proportion(split["training"])
         split["training"] = split["training"][: math.ceil(label_fraction * len(split["training"]) - 1e-9)]
-    kept = ("image", "label", "patient") if labelled else ("image",)
-    return Datalist(
-        **{part: [{key: item[key] for key in kept if key in item} for item in chosen] for part, chosen in split.items()}
-    )
+    return Datalist(**{part: [_kept(item, labelled) for item in chosen] for part, chosen in split.items()})
+
+
+def _kept(item: Item, labelled: bool) -> Item:
+    """What a run needs of an item; an image of an unknown patient is one of its own."""
+    named = {"label": item.get("label"), "patient": item.get("patient", item["image"])}
+    return {"image": item["image"], **(named if labelled else {})}
 
 
 def _find_list(root: Path, datalist: Path | None, classification: Classification | None) -> Path | None:
@@ -124,7 +128,12 @@ def _find_list(root: Path, datalist: Path | None, classification: Classification
         column = "image" if classification is None else classification.image_column
         return root / "labels.csv" if _has_column(root / "labels.csv", column) else None
     found = sorted(root.glob(classification.datalist))
-    return found[-1] if found else None
+    if not found:
+        raise ValueError(
+            f"--dataset_dir {root}: no {classification.datalist} in it, which the preset names: put the list there, or "
+            "give another (--datalist), or for images without one the preset cxr (--dataset)"
+        )
+    return found[-1]
 
 
 def _has_column(path: Path, column: str) -> bool:
@@ -142,7 +151,7 @@ def _read_folder(root: Path, classification: Classification | None, labelled: bo
         split = next((SPLITS[part.lower()] for part in below.parts[:-1] if part.lower() in SPLITS), None)
         if split:
             item["split"] = split
-        item |= _label(labelled, classification, lambda known, below=below: _label_of_path(below, root, known))
+        item |= _label(labelled, classification, partial(_label_of_path, below, root))
         items.append(item)
     return items
 
@@ -206,8 +215,7 @@ def _read_csv(path: Path, root: Path, classification: Classification | None, lab
             item["split"] = SPLITS[split]
         if str(row.get(columns.patient_column) or "").strip():
             item["patient"] = str(row[columns.patient_column]).strip()
-        place = f"{path}: line {number}"
-        item |= _label(labelled, classification, lambda known, row=row, place=place: _label_of_row(row, place, known))
+        item |= _label(labelled, classification, partial(_label_of_row, row, f"{path}: line {number}"))
         items.append(item)
     return items
 
@@ -255,7 +263,7 @@ def _label_of_row(row: Mapping[str, Any], place: str, classification: Classifica
     if classification.task != "multilabel":
         names = [text]
     else:
-        names = [name.strip() for name in text.split(SEPARATOR)] if text else []
+        names = [name.strip() for name in text.split(SEPARATOR) if name.strip()]
         names = [name for name in names if name != classification.nothing or name in classes]
         if not text:
             return [math.nan] * len(classes)
@@ -286,7 +294,7 @@ def _mark_official(items: list[Item], root: Path, classification: Classification
     for part, name in (("training", classification.training_list), ("test", classification.test_list)):
         if name and (root / name).is_file():
             for line in _read_lines(root / name):
-                if official.setdefault(line, part) != part:
+                if official.setdefault(Path(line).name, part) != part:
                     raise ValueError(f"{root / name}: {line} stands in the lists of training and of test: correct them")
     for item in items:
         if official.get(Path(item["image"]).name) == "test":

@@ -84,7 +84,7 @@ def split_images(
             raise ValueError(f"--{knob} {number} of --folds {folds}: {knob} must lie in 0 … folds - 1")
     if test_fold is not None and split["test"]:
         raise ValueError(f"--test_fold {test_fold}: {root} names {len(split['test'])} test images: leave it away")
-    if test_fold is not None and test_fold == fold:
+    if test_fold is not None and test_fold == fold and not split["validation"]:
         raise ValueError(f"--test_fold {test_fold}: the same part as --fold, which is for validation: take another")
     drawn = {} if split["validation"] else {fold: "validation"}
     drawn |= {} if test_fold is None else {test_fold: "test"}
@@ -98,6 +98,11 @@ def split_images(
             f"--dataset_dir {root}: {len(items)} images leave {len(split['training'])} for training and "
             f"{len(split['validation'])} for validation with --fold {fold} of --folds {folds}: add images or patients, "
             "or lower folds"
+        )
+    if test_fold is not None and not split["test"]:
+        raise ValueError(
+            f"--test_fold {test_fold}: {len(items)} images leave none for testing with --folds {folds}: add images or "
+            "patients, or lower folds"
         )
     for chosen in split.values():
         chosen.sort(key=lambda item: str(item["image"]))

@@ -68,16 +68,17 @@ def write_phantom_radiographs(folder: str | Path, n_patients: int = 160, seed: i
             "network on data of your own leave demo.yaml away and set its knobs"
         )
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows = []
+    images, rows = {}, []
     for patient in range(n_patients):
         for visit in range(1 + (patient % 3 == 0)):
             name = f"images/patient{patient:04d}_{visit}.png"
             size = (112, 96) if patient % 2 else (96, 112)
-            image, found = phantom_radiograph(seed + 10 * patient + visit, size)
-            if not (folder / name).is_file():
-                Image.fromarray(image).save(folder / name)
+            images[name], found = phantom_radiograph(seed + 10 * patient + visit, size)
             rows.append({"image": name, "patient": f"patient{patient:04d}", **found, "source": MARK})
-    with listed.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+    with listed.open("w", newline="", encoding="utf-8") as file:  # first, so that a break leaves a folder of ours
+        writer = csv.DictWriter(file, ["image", "patient", *FINDINGS, "source"])
         writer.writeheader()
         writer.writerows(rows)
+    for name, image in images.items():
+        if not (folder / name).is_file():
+            Image.fromarray(image).save(folder / name)

@@ -82,7 +82,7 @@ def test_names_without_a_patient_are_patients_of_their_own(tmp_path):
     own = preset(patterns={"a": "[0-4]\\.", "b": "[5-8]\\.", "c": "9\\."}, patient_pattern="(case)?")
     split = load_image_list(tmp_path, own)
     assert len(split.training) == 8
-    assert all("patient" not in item for item in split.training)
+    assert all(item["patient"] == item["image"] for item in split.training)
 
 
 def test_copies_of_a_file_stay_together_across_patients(make):

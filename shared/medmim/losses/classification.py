@@ -20,7 +20,7 @@ class ClassificationLoss(nn.Module):
     def __init__(self, task: str, weights: Sequence[float] | None = None) -> None:
         super().__init__()
         self.softmax = task == "multiclass"
-        self.register_buffer("weights", None if weights is None else torch.tensor(weights, dtype=torch.float32))
+        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean over the images, or over all labels that are known.

@@ -104,4 +104,4 @@ def _add_drop_path(blocks: nn.ModuleList, rate: float) -> None:
             return drop.drop_path(output, drop.drop_prob, module.training, drop.scale_by_keep)
 
         for branch in (block.attn, block.mlp):
-            branch.register_forward_hook(hook)  # type: ignore[operator,union-attr]
+            branch.register_forward_hook(hook)  # type: ignore[union-attr]

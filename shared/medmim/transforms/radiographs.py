@@ -86,7 +86,7 @@ def _read_picture(path: Path) -> np.ndarray:
 def _check_grey(picture: Image.Image, path: Path, kind: str) -> Image.Image:
     """A picture of three channels as one, when they agree but for JPEG's rounding."""
     red, green, blue = picture.split()
-    spread = max(ImageChops.difference(red, other).getextrema()[1] for other in (green, blue))
+    spread = max(int(np.asarray(ImageChops.difference(red, other)).max()) for other in (green, blue))
     if spread > GREY_DIFFERENCE:
         raise ScanError(
             f"{path}: {kind} (channels differ by up to {spread} of 255), expected a grey radiograph: save it as grey "
