@@ -182,8 +182,9 @@ def test_columns_for_split_and_patient(listed, tmp_path):
     split = load_image_list(tmp_path, preset(), path)
     parts = [by_name(split, part).keys() for part in ("training", "validation", "test")]
     assert parts == [{"1.png", "4.png"}, {"2.png", "3.png"}, {"0.png"}]
-    told = {Path(item["image"]).name: item.get("patient") for item in split.training + split.validation}
-    assert told == {"1.png": "p2", "4.png": "p2", "2.png": "p3", "3.png": str(tmp_path / "3.png")}  # its own
+    told = {Path(item["image"]).name: item for item in split.training + split.validation}
+    assert [told[f"{i}.png"]["patient"] for i in (1, 4, 2)] == ["p2", "p2", "p3"]
+    assert told["3.png"]["patient"] == told["3.png"]["image"]  # one of its own
 
 
 @pytest.fixture

@@ -21,12 +21,10 @@ from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, create_workf
 from monai.bundle.properties import InferProperties, MetaProperties
 from monai.utils import set_determinism
 
-from tests.common import rows
+from tests.common import MAE, OTHERS, UNETR, VIT_CXR, rows
 from tools.export import export
 
-BUNDLES = ["mae_vit_pretraining", "unetr_segmentation", "mim_convvit_pretraining", "convvit_unetr_segmentation"]
-BUNDLES += ["swin_unetr_segmentation", "simclr_vit_pretraining", "simmim_vit_pretraining", "simmim_swin_pretraining"]
-BUNDLES += ["mae_vit_cxr_pretraining", "vit_cxr_classification"]
+BUNDLES = [MAE, UNETR, VIT_CXR, *[pytest.param(name, marks=pytest.mark.slow) for name in OTHERS if name != VIT_CXR]]
 LARGEST_FILE = 25 * 2**20  # bytes
 
 
