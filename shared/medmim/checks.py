@@ -21,7 +21,7 @@ from medmim.datalists import find_items, load_datalist
 from medmim.datasets import Preset, get_preset
 from medmim.description import read_description, read_preset
 from medmim.encoders import KINDS
-from medmim.folders import check_writable
+from medmim.folders import check_writable, writable_faults
 from medmim.networks.patches import grid_size
 from medmim.scan_checks import check_scans
 from medmim.state_dicts import as_knob
@@ -99,28 +99,6 @@ def check_upsampling(patch_size: Any) -> None:
         )
 
 
-def check_swin(feature_size: Any, depths: Any, num_heads: Any) -> None:
-    """Check the sizes of a Swin: four stages, whose features double and must divide among the attention heads.
-
-    Raises:
-        ValueError: one line for each fault, naming the knob and the numbers.
-    """
-    faults = [
-        f"--{knob} {values}: expected 4 whole numbers of at least 1, for the stages"
-        for knob, values in (("depths", depths), ("num_heads", num_heads))
-        if not isinstance(values, list | tuple) or not are_sizes(values, 4)
-    ]
-    if not faults and is_whole(feature_size) and feature_size > 0:  # check_knobs says so otherwise
-        features = [feature_size * 2**stage for stage in range(4)]
-        if any(size % heads for size, heads in zip(features, num_heads, strict=True)):
-            faults.append(
-                f"--feature_size {feature_size} gives the stages {features} features, which --num_heads {num_heads} "
-                "must divide, number by number"
-            )
-    if faults:
-        raise ValueError("\n".join(faults))
-
-
 def check_schedule(epochs: Any, warmup_epochs: Any) -> None:
     """Refuse a schedule under which nothing would be learned.
 
@@ -175,12 +153,7 @@ def check_data(
     Raises:
         ValueError: one line for each fault.
     """
-    faults = []
-    for number, folder in enumerate(output_dirs):
-        try:
-            check_writable(folder, results=number == 0)
-        except ValueError as error:
-            faults.append(str(error))
+    faults = writable_faults(output_dirs)
     numbers_are_good = is_whole(fold) and fold >= 0 and is_whole(folds) and folds > 1
     if numbers_are_good and is_number(label_fraction) and 0 < label_fraction <= 1:  # check_knobs says so otherwise
         faults += _split_faults(dataset, dataset_dir, datalist, labelled, fold, folds, label_fraction)

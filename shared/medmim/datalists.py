@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from medmim.folders import RESULTS
+from medmim.folders import visible_files
 
 logger = logging.getLogger(__name__)
 
@@ -36,23 +36,14 @@ class Datalist:
 
 
 def find_scans(folder: str | Path) -> list[Path]:
-    """NIfTI files below a folder, sorted, without a Decathlon folder's label maps and without hidden files.
-
-    Hidden are also macOS's ``._`` companions. Folders below it that hold results of an earlier run are left out.
+    """NIfTI files below a folder, sorted, without a Decathlon folder's label maps; see also
+    :func:`medmim.folders.visible_files`.
 
     Raises:
         ValueError: when the folder is missing or holds none.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"--dataset_dir {folder}: no such folder")
-    files = sorted(folder.rglob("*"))
-    results = {path.parent for path in files if path.name == RESULTS} - {folder}
-    found = [
-        path
-        for path in files
-        if path.name.endswith(SCAN_SUFFIXES) and not path.name.startswith(".") and not results & set(path.parents)
-    ]
+    found = [path for path in visible_files(folder) if path.name.endswith(SCAN_SUFFIXES)]
     scans = [path for path in found if not LABEL_FOLDERS & set(path.relative_to(folder).parts[:-1])]
     if len(scans) < len(found):
         logger.info(f"{folder}: {len(found) - len(scans)} label maps in {' or '.join(sorted(LABEL_FOLDERS))} left out")

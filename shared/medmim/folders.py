@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,38 @@ def check_writable(folder: str | Path, results: bool = False) -> None:
         raise ValueError(
             f"folder {folder} is not writable ({reason}): choose another (--output_dir, --models_dir)"
         ) from error
+
+
+def writable_faults(folders: Sequence[str]) -> list[str]:
+    """What :func:`check_writable` says of each of a run's folders; the first is marked as one of results."""
+    faults = []
+    for number, folder in enumerate(folders):
+        try:
+            check_writable(folder, results=number == 0)
+        except ValueError as error:
+            faults.append(str(error))
+    return faults
+
+
+def visible_files(folder: str | Path) -> list[Path]:
+    """What lies below a folder of data, sorted, without what is hidden and what an earlier run has written.
+
+    Hidden is what has a dot before its name, or before that of a folder on the way, such as macOS's ``._`` companions.
+
+    Raises:
+        ValueError: when the folder is missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"--dataset_dir {folder}: no such folder")
+    files = sorted(folder.rglob("*"))
+    results = {path.parent for path in files if path.name == RESULTS} - {folder}
+    return [
+        path
+        for path in files
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not (results and results & set(path.parents))
+    ]
 
 
 def check_resume(output_dir: str | Path, resume: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from medmim.classes import Classification
 from medmim.datalists import Datalist, Item
 from medmim.datasets import Preset
-from medmim.folders import RESULTS
+from medmim.folders import visible_files
 from medmim.image_splits import find_patients, in_proportion, split_images, tell_shared
 from medmim.transforms.radiographs import RADIOGRAPH_SUFFIXES
 
@@ -32,18 +32,7 @@ def find_radiographs(folder: str | Path) -> list[Path]:
     Raises:
         ValueError: when the folder is missing or holds none.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"--dataset_dir {folder}: no such folder")
-    files = sorted(folder.rglob("*"))
-    results = {path.parent for path in files if path.name == RESULTS} - {folder}
-    found = [
-        path
-        for path in files
-        if path.suffix.lower() in RADIOGRAPH_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not (results and results & set(path.parents))
-    ]
+    found = [path for path in visible_files(folder) if path.suffix.lower() in RADIOGRAPH_SUFFIXES]
     if not found:
         raise ValueError(f"--dataset_dir {folder}: no radiograph ({', '.join(RADIOGRAPH_SUFFIXES)}) in it or below")
     return found

@@ -15,7 +15,7 @@ from medmim.classification import class_weights
 from medmim.datalists import Datalist, Item
 from medmim.datasets import Preset, get_radiograph_preset
 from medmim.description import read_description
-from medmim.folders import check_writable
+from medmim.folders import check_writable, writable_faults
 from medmim.image_lists import find_images, load_image_list
 from medmim.remembered_checks import check_each
 from medmim.transforms.radiographs import load_radiograph
@@ -59,12 +59,7 @@ def check_image_data(
     Raises:
         ValueError: one line for each fault.
     """
-    faults = []
-    for number, folder in enumerate(output_dirs):
-        try:
-            check_writable(folder, results=number == 0)
-        except ValueError as error:
-            faults.append(str(error))
+    faults = writable_faults(output_dirs)
     good = is_whole(folds) and folds > 1 and is_number(label_fraction) and 0 < label_fraction <= 1
     if good and is_whole(fold) and not 0 <= fold < folds:
         faults.append(f"--fold {fold} of --folds {folds}: fold must lie in 0 … folds - 1")
