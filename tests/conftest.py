@@ -77,9 +77,9 @@ def coarse_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def radiographs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Synthetic radiographs, 20 patients; not to be changed by a test."""
+    """Synthetic radiographs, 19 patients, 22 images for training in fold 0; not to be changed by a test."""
     folder = tmp_path_factory.mktemp("radiographs")
-    write_phantom_radiographs(folder, 20)
+    write_phantom_radiographs(folder, 19)
     return folder
 
 
