@@ -22,7 +22,7 @@ def roc_figure(scores: ClassificationScores, rows: Sequence[Mapping[str, Any]], 
             false, true, _ = roc_curve(*scores.column(i))
             axis.plot(false, true, label=_label(row, "auc", "AUC"))
     axis.plot([0, 1], [0, 1], color="grey", linestyle=":")
-    _place_legend(axis)
+    _place_legend(figure)
     return figure
 
 
@@ -34,14 +34,15 @@ def precision_recall_figure(scores: ClassificationScores, rows: Sequence[Mapping
             precision, recall, _ = precision_recall_curve(*scores.column(i))
             (line,) = axis.plot(recall, precision, label=_label(row, "average_precision", "AP"))
             axis.axhline(row["positives"] / row["images"], color=line.get_color(), linestyle=":", linewidth=0.8)
-    _place_legend(axis)
+    _place_legend(figure)
     return figure
 
 
 def _square(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.2, 5.6), layout="constrained")
+    figure = Figure(figsize=(8.4, 5.4), layout="constrained")
     axis = figure.subplots()
-    axis.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    axis.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    axis.set_box_aspect(1)
     axis.grid(alpha=0.3)
     return figure, axis
 
@@ -50,9 +51,10 @@ def _label(row: Mapping[str, Any], key: str, short: str) -> str:
     return f"{row['class']}: {short} {row[key]:.3f} [{row[f'{key}_low']:.3f}, {row[f'{key}_high']:.3f}]"
 
 
-def _place_legend(axis: Axes) -> None:
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+def _place_legend(figure: Figure) -> None:
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, fontsize=7, loc="outside right upper")
 
 
 def confusion_figure(scores: ClassificationScores, title: str) -> Figure:
