@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def class_weights(
     outputs = classification.outputs
     if how != "balanced":
         numbers = how if isinstance(how, list | tuple) else []
-        good = all(isinstance(n, int | float) and not isinstance(n, bool) and n > 0 for n in numbers)
+        good = all(isinstance(n, int | float) and not isinstance(n, bool) and 0 < n < inf for n in numbers)
         if len(numbers) != len(outputs) or not good:
             raise ValueError(
                 f"--class_weights {how}: expected null, balanced, or {len(outputs)} numbers above 0, for "

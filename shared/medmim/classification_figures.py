@@ -48,7 +48,14 @@ def _square(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def _label(row: Mapping[str, Any], key: str, short: str) -> str:
-    return f"{row['class']}: {short} {row[key]:.3f} [{row[f'{key}_low']:.3f}, {row[f'{key}_high']:.3f}]"
+    return f"{row['class']}: {short} {with_interval(row, key, 3)}"
+
+
+def with_interval(row: Mapping[str, Any], key: str, digits: int) -> str:
+    """A score of a row of :meth:`ClassificationScores.table` and its interval, as text."""
+    low, high = row[f"{key}_low"], row[f"{key}_high"]
+    interval = "no interval" if low is None else f"[{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{row[key]:.{digits}f} {interval}"
 
 
 def _place_legend(figure: Figure) -> None:

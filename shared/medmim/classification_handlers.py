@@ -17,7 +17,13 @@ from torch import nn
 
 from medmim.classes import Classification
 from medmim.classification import to_probabilities
-from medmim.classification_figures import confusion_figure, examples_figure, precision_recall_figure, roc_figure
+from medmim.classification_figures import (
+    confusion_figure,
+    examples_figure,
+    precision_recall_figure,
+    roc_figure,
+    with_interval,
+)
 from medmim.classification_scores import ClassificationScores
 from medmim.figures import save_figure
 from medmim.overlays import draw_overlay, relevance
@@ -94,7 +100,7 @@ class SaveClassificationScores:
             if "auc" not in row:
                 logger.warning(f"{row['class']}: {row['images']} images, {row['positives']} with it: no AUC")
                 continue
-            numbers = [f"AUC {row['auc']:.4f} [{row['auc_low']:.4f}, {row['auc_high']:.4f}]"]
+            numbers = [f"AUC {with_interval(row, 'auc', 4)}"]
             numbers += [f"{name} {row[name]:.4f}" for name in ("average_precision", "accuracy", "f1", "ece")]
             logger.info(f"{row['class']}: {', '.join(numbers)}")
         logger.info(f"wrote {self.output_dir}")
@@ -125,29 +131,38 @@ class SavePredictions:
         self.output_dir = Path(output_dir)
         self.network = network
         self.overlay = overlay
-        self.rows: list[list[str]] = []
 
     def attach(self, engine: Engine) -> None:
         """Attach to a MONAI evaluator whose batches hold ``image`` and ``file``."""
+        engine.add_event_handler(Events.STARTED, self.begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
-        engine.add_event_handler(Events.COMPLETED, self.write)
+
+    def begin(self, engine: Engine) -> None:
+        """Write the head of the file; rows follow batch by batch, so that a break loses none that is done."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.write("w", [["image", *self.classification.outputs, "predicted"]])
 
     def __call__(self, engine: Engine) -> None:
         state: Any = engine.state
         names = self.classification.outputs
         probabilities = to_probabilities(state.output["pred"], self.classification.task).cpu().numpy()
+        rows = []
         for i, (file, p) in enumerate(zip(state.batch["file"], probabilities, strict=True)):
             below = Path(file).relative_to(self.dataset_dir)
-            self.rows.append([below.as_posix(), *[f"{value:.6f}" for value in p], "|".join(self.found(p))])
+            rows.append([below.as_posix(), *[f"{value:.6f}" for value in p], "|".join(self.found(p))])
             if self.overlay is not None and self.network is not None:
                 image = torch.as_tensor(state.output["image"])[i : i + 1].to(state.device)
                 shown = int(p.argmax())
                 score = relevance(self.network, image, self.overlay, shown, self.classification.task)
+                what = "attention, to its maximum"
+                if self.overlay == "occlusion":
+                    what = f"{names[shown]}: p falls by up to {max(score.max(), 0):.3f}"
                 figure = draw_overlay(
-                    image[0, 0].float().cpu().numpy(), score, f"{below.name}: {_told(p, names)}",
-                    f"{self.overlay}" + (f", {names[shown]}" if self.overlay == "occlusion" else ""),
-                )  # fmt: skip
+                    image[0, 0].float().cpu().numpy(), score, f"{below.name}: {_told(p, names)}", what
+                )
                 save_figure(figure, self.output_dir / "overlays" / below.with_name(f"{below.name}.png"))
+
+        self.write("a", rows)
 
     def found(self, probabilities: np.ndarray) -> list[str]:
         """Classes that an image is said to have."""
@@ -158,10 +173,7 @@ class SavePredictions:
         found = [name for name, p in names if p >= self.thresholds.get(name, 0.5)]
         return found or ([classification.classes[0]] if classification.task == "binary" else [classification.nothing])
 
-    def write(self, engine: Engine) -> None:
-        """Write the file."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        with (self.output_dir / "probabilities.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image", *self.classification.outputs, "predicted"])
-            writer.writerows(self.rows)
+    def write(self, mode: str, rows: list[list[str]]) -> None:
+        """Write or append rows."""
+        with (self.output_dir / "probabilities.csv").open(mode, newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)

@@ -146,7 +146,10 @@ class ClassificationScores(Metric):
         row |= {name: float(np.mean([r[name] for r in scored if name in r])) for name in names if scored}
         if scored:
             for name, samples in (("auc", aucs), ("average_precision", precisions)):
-                means = np.mean(samples, axis=0)  # NaN where a draw lacks one side of a class
+                drawn = np.array(samples)  # NaN where a draw lacks one side of a class: the mean is over the others
+                means = np.array(
+                    [column[np.isfinite(column)].mean() for column in drawn.T if np.isfinite(column).any()]
+                )
                 row |= _with_interval(name, float(np.mean([r[name] for r in scored])), means)
         if self.classification.task == "multiclass":
             right = self.predicted().argmax(1) == self.labels.argmax(1)
@@ -266,7 +269,7 @@ def _at_threshold(labels: np.ndarray, probabilities: np.ndarray, threshold: floa
 
 def _with_interval(name: str, value: float | None, samples: np.ndarray) -> dict[str, Any]:
     drawn = samples[np.isfinite(samples)]
-    if not len(drawn):
-        return {name: value}
+    if not len(drawn):  # so few images of a class that no draw has both sides
+        return {name: value, f"{name}_low": None, f"{name}_high": None}
     low, high = np.percentile(drawn, [2.5, 97.5])
     return {name: value, f"{name}_low": float(low), f"{name}_high": float(high)}

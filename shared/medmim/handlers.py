@@ -142,6 +142,7 @@ class SaveBestModel:
         preset: the data it is trained on.
         pretrained_encoder: the file that training started from, if any, whose data are named too.
         scores: of a classification, whose thresholds are written too.
+        kept_apart: what tells its validation and test images, see :func:`medmim.image_splits.kept_apart`.
     """
 
     def __init__(
@@ -152,8 +153,10 @@ class SaveBestModel:
         preset: Preset,
         pretrained_encoder: str | None = None,
         scores: ClassificationScores | None = None,
+        kept_apart: Mapping[str, str] | None = None,
     ) -> None:
         self.scores = scores
+        self.kept_apart = kept_apart
         self.models_dir = Path(models_dir)
         self.network = network
         self.img_size = img_size
@@ -171,8 +174,9 @@ class SaveBestModel:
     def __call__(self, engine: Engine) -> None:
         state: Any = engine.state
         if state.best_metric_epoch == state.epoch:
-            thresholds = None if self.scores is None else self.scores.thresholds()
-            save_model(self.models_dir, self.network, self.img_size, self.preset, self.pretrained_on, thresholds)
+            further: dict[str, Any] = {} if self.scores is None else {"thresholds": self.scores.thresholds()}
+            further |= {} if self.kept_apart is None else {"kept_apart": dict(self.kept_apart)}
+            save_model(self.models_dir, self.network, self.img_size, self.preset, self.pretrained_on, further)
             logger.info(f"best {state.key_metric_name} so far, {state.best_metric:.4f}: wrote model.pt")
 
 
@@ -182,14 +186,12 @@ def save_model(
     img_size: Sequence[int],
     preset: Preset,
     pretrained_on: Sequence[dict[str, str]] = (),
-    thresholds: Mapping[str, float] | None = None,
+    further: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the flat state dict ``model.pt`` and its description ``model.json``, with thresholds of classes."""
+    """Write the flat state dict ``model.pt`` and its description ``model.json``, with further entries."""
     state_dict = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
     save_tensors(models_dir / "model.pt", state_dict)
-    description = describe(network, img_size, preset, pretrained_on)
-    if thresholds is not None:
-        description["thresholds"] = dict(thresholds)
+    description = describe(network, img_size, preset, pretrained_on) | dict(further or {})
     write_description(description, models_dir / "model.json")
 
 

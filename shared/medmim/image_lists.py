@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
+
 from medmim.classes import Classification
 from medmim.datalists import Datalist, Item
 from medmim.datasets import Preset
@@ -234,15 +236,15 @@ def _locate(names: Mapping[int, str], root: Path, path: Path) -> list[str]:
         more = (
             f" ({len(missing)} such lines; --dataset_dir {root})" if len(missing) > 1 else f" in --dataset_dir {root}"
         )
-        raise ValueError(missing[0] + more + ": add the files, or take the lines out")
+        raise ValueError(missing[0] + more + ": correct the name (or path below the folder), or take the line out")
     return where
 
 
 def _label_of_row(row: Mapping[str, Any], place: str, classification: Classification) -> list[float]:
     column, classes = classification.label_column, classification.classes
+    if classification.task == "multilabel" and all(name in row for name in classes):
+        return [_label_of_cell(row[name], place, name) for name in classes]
     if column not in row:
-        if classification.task == "multilabel" and all(name in row for name in classes):
-            return [_label_of_cell(row[name], place, name) for name in classes]
         raise ValueError(
             f"{place}: no column '{column}'"
             + (f", nor one for each of {', '.join(classes)}" if classification.task == "multilabel" else "")
@@ -250,6 +252,10 @@ def _label_of_row(row: Mapping[str, Any], place: str, classification: Classifica
         )
     text = str(row[column] or "").strip()
     if classification.task != "multilabel":
+        if not text:
+            raise ValueError(f"{place}: column '{column}' is empty, expected one of {', '.join(classes)}")
+        if classification.task == "binary" and text in ("0", "1") and text not in classes:
+            text = classes[int(text)]
         names = [text]
     else:
         names = [name.strip() for name in text.split(SEPARATOR) if name.strip()]
@@ -288,10 +294,17 @@ def _mark_official(items: list[Item], root: Path, classification: Classification
     for item in items:
         if official.get(Path(item["image"]).name) == "test":
             item["split"] = "test"
-    if official:
-        logger.info(
-            f"{sum(item.get('split') == 'test' for item in items)} images kept for testing, as {root} lists them"
+    named = [name for name in (classification.training_list, classification.test_list) if name]
+    missing = [name for name in named if not (root / name).is_file()]
+    found = sum(item.get("split") == "test" for item in items)
+    if missing and idist.get_rank() == 0:
+        logger.warning(
+            f"{root}: no {' and no '.join(missing)}, which the preset names: its split is not the official one"
         )
+    elif classification.test_list and not found and idist.get_rank() == 0:
+        logger.warning(f"{root / classification.test_list}: names none of the images: nothing is kept for testing")
+    elif official:
+        logger.info(f"{found} images kept for testing, as {root} lists them")
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,11 @@ from pathlib import Path
 import ignite.distributed as idist
 import numpy as np
 
-from medmim.datalists import Item
+from medmim.datalists import Datalist, Item
 
 logger = logging.getLogger(__name__)
 
-SAME = 65536  # bytes of files of equal size that are compared to find copies
+SAME = 65536  # bytes of files of equal size that are compared first to find copies
 
 
 def find_patients(items: list[Item], pattern: str | None) -> None:
@@ -28,11 +29,15 @@ def find_patients(items: list[Item], pattern: str | None) -> None:
     by_size: dict[int, list[Item]] = defaultdict(list)
     for item in items:
         by_size[Path(item["image"]).stat().st_size].append(item)
+    by_start: dict[tuple[int, bytes], list[Item]] = defaultdict(list)
     by_content: dict[tuple[int, bytes], list[Item]] = defaultdict(list)
     for size, alike in by_size.items():
         for item in alike if len(alike) > 1 else ():
             with open(item["image"], "rb") as file:
-                by_content[size, hashlib.sha256(file.read(SAME)).digest()].append(item)
+                by_start[size, hashlib.sha256(file.read(SAME)).digest()].append(item)
+    for (size, _), alike in by_start.items():
+        for item in alike if len(alike) > 1 else ():  # headers and black borders may be equal in different images
+            by_content[size, hashlib.sha256(Path(item["image"]).read_bytes()).digest()].append(item)
     for copies in by_content.values():
         if len(copies) > 1:
             for item in copies:
@@ -93,6 +98,8 @@ def split_images(
         split["training"] = [item for part in range(folds) if part not in drawn for item in dealt[part]]
         for part, name in drawn.items():
             split[name] = dealt[part]
+    if not drawn and not split["training"]:
+        raise ValueError(f"{root}: the list names no image for training, {len(split['validation'])} for validation")
     if not split["training"] or not split["validation"]:
         raise ValueError(
             f"--dataset_dir {root}: {len(items)} images leave {len(split['training'])} for training and "
@@ -125,6 +132,16 @@ def _deal(items: list[Item], folds: int, split_seed: int) -> list[list[Item]]:
             parts[place % folds] += groups[i]
             place += 1
     return parts
+
+
+def kept_apart(split: Datalist, dataset_dir: str | Path) -> dict[str, str]:
+    """A short text for the validation and the test images, which changes with their names below the folder."""
+    return {
+        part: hashlib.sha256(
+            repr(sorted(os.path.relpath(item["image"], dataset_dir) for item in items)).encode()
+        ).hexdigest()[:16]
+        for part, items in (("validation", split.validation), ("test", split.test))
+    }
 
 
 def class_counts(items: Sequence[Item]) -> Counter[int]:

@@ -80,7 +80,7 @@ def relevance(network: Any, image: Tensor, kind: str, output: int, task: str) ->
         found = nn.functional.interpolate(grid, size=image.shape[2:], mode="bilinear", align_corners=False)[0, 0]
     else:
         patch = max(n // g for n, g in zip(image.shape[2:], network.grid, strict=True))
-        found = occlusion(network, image, output, task, 2 * patch)
+        found = occlusion(network, image, output, task, min(2 * patch, *image.shape[2:]))
     return found.float().cpu().numpy()
 
 

@@ -10,17 +10,21 @@ from typing import Any
 
 import ignite.distributed as idist
 
-from medmim.checks import is_number, is_whole
+from medmim.checks import check_encoder, is_number, is_whole
 from medmim.classification import class_weights
 from medmim.datalists import Datalist, Item
 from medmim.datasets import Preset, get_radiograph_preset
 from medmim.description import read_description
 from medmim.folders import check_writable, writable_faults
 from medmim.image_lists import find_images, load_image_list
+from medmim.image_splits import kept_apart
 from medmim.remembered_checks import check_each
 from medmim.transforms.radiographs import load_radiograph
+from medmim.weights import read_checkpoint
 
 logger = logging.getLogger(__name__)
+
+FEW = 20  # images for validation, below which the log says so
 
 
 def check_radiograph_preset(dataset: Any, normalization: Any = None, labelled: bool = False) -> None:
@@ -96,7 +100,10 @@ def _split_faults(preset: Preset, dataset_dir: str, datalist: str | None, labell
 def _label_faults(split: Datalist, preset: Preset, dataset_dir: str) -> list[str]:
     """Labels from which nothing could be learned, or on which nothing could be scored."""
     faults = []
-    for name, items, use in (("training", split.training, "learned"), ("validation", split.validation, "scored")):
+    parts = [("training", split.training, "learned"), ("validation", split.validation, "scored")]
+    for name, items, use in [*parts, ("test", split.test, "scored")]:
+        if not items:
+            continue
         columns = list(zip(*_labels(items), strict=True))
         if not any(0.0 in column and 1.0 in column for column in columns):
             classification: Any = preset.classification
@@ -124,8 +131,28 @@ def _tell_classes(split: Datalist, preset: Preset) -> None:
         unknown = sum(math.isnan(value) for column in columns for value in column)
         logger.info(f"{name}: {', '.join(told)}" + (f"; {unknown} labels unknown" if unknown else ""))
         absent = [label for label, n in zip(classification.outputs, counts, strict=True) if n == 0]
+        if name == "validation" and len(items) < FEW:
+            logger.warning(
+                f"validation: {len(items)} images are few to choose a model and thresholds on: a --datalist with a "
+                "column split may name more"
+            )
         if absent:
             logger.warning(f"{name}: no image has {' or '.join(absent)}: no score can be given, or nothing be learned")
+
+
+def check_radiograph_encoder(path: str | None, preset: Preset, **kwargs: Any) -> None:
+    """:func:`medmim.checks.check_encoder`; says when pre-training may have seen the images that are kept apart here.
+
+    The split depends on the classes, so another preset keeps other images apart.
+    """
+    check_encoder(path, preset, **kwargs)
+    description = read_checkpoint(path)[1] if path else None
+    if description is not None and description["preset"]["name"] != preset.name and idist.get_rank() == 0:
+        logger.warning(
+            f"--pretrained_encoder {path}: pre-trained with preset {description['preset']['name']}, which may split "
+            f"the images otherwise: it may have seen those for validation and testing (without labels). Pre-train with "
+            f"--dataset {preset.name} and the same --fold, --folds and --test_fold to keep them apart"
+        )
 
 
 def check_class_weights(split: Datalist, preset: Preset, how: Any) -> None:
@@ -134,18 +161,38 @@ def check_class_weights(split: Datalist, preset: Preset, how: Any) -> None:
         class_weights(split.training, preset.classification, how)
 
 
-def check_evaluated(split: Datalist, part: Any) -> None:
-    """Refuse to evaluate on images that are not there.
+def check_evaluated(
+    split: Datalist, part: Any, dataset_dir: str, models_dir: str, allow_other_images: Any = False
+) -> None:
+    """Refuse to evaluate on images that are not there, or not those that training has kept apart.
+
+    Args:
+        split: of this run.
+        part: ``validation`` or ``test``.
+        dataset_dir: folder that names are relative to.
+        models_dir: folder of ``model.json``, which knows what training has kept apart.
+        allow_other_images: whether other images may be scored.
 
     Raises:
         ValueError: naming the knob.
     """
+    if allow_other_images not in (True, False, "true", "false"):
+        raise ValueError(f"--allow_other_images {allow_other_images}: expected true or false")
     if part not in ("validation", "test"):
         raise ValueError(f"--part {part}: expected validation or test")
     if part == "test" and len(split.test) < idist.get_world_size():
         raise ValueError(
             f"--part test: {len(split.test)} images for testing: give --test_fold as in training, or a --datalist that "
             "names test images in its column split"
+        )
+    path = Path(models_dir) / "model.json"
+    kept = read_description(path).get("kept_apart", {}).get(part)
+    ours = kept_apart(split, dataset_dir)[part]
+    if kept not in (None, ours) and allow_other_images not in (True, "true"):
+        raise ValueError(
+            f"--part {part}: {len(getattr(split, part))} images, not those that training kept apart ({path}), so some "
+            "may have been learned: give the --dataset_dir, --datalist, --fold, --folds and --test_fold of the "
+            "training, or --allow_other_images true for images that it never saw"
         )
 
 

@@ -162,7 +162,8 @@ def resampled_size(shape: Sequence[int], spacing: Sequence[float], preset: Prese
 def _item_key(item: Item) -> bytes:
     files = [path for key in sorted(item) for path in _paths(item[key])]
     states = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
-    return _digest(repr(states).encode())
+    told = [(key, item[key]) for key in sorted(item) if not _paths(item[key])]  # labels that are no files
+    return _digest(repr([*states, *told] if told else states).encode())
 
 
 def _paths(value: Any) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from medmim.classes import Classification
@@ -62,11 +63,18 @@ def test_figures_of_an_evaluation(task):
     scored = [row for row in table[:-1] if "auc" in row]
     for make_figure, short, key in ((roc_figure, "AUC", "auc"), (precision_recall_figure, "AP", "average_precision")):
         figure = make_figure(scores, table, "24 images")
-        texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        texts = [text.get_text() for text in figure.legends[0].get_texts()]
         assert texts == [
             f"{row['class']}: {short} {row[key]:.3f} [{row[f'{key}_low']:.3f}, {row[f'{key}_high']:.3f}]"
             for row in scored
         ]
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        for artist in (figure.legends[0], figure.axes[0].yaxis.label, figure.axes[0].xaxis.label):  # nothing is cut off
+            box = artist.get_window_extent(canvas.get_renderer())
+            assert min(box.x0, box.y0) >= 0, artist
+            assert box.x1 <= figure.bbox.x1, artist
+            assert box.y1 <= figure.bbox.y1, artist
     x, y = roc_figure(scores, table, "").axes[0].lines[0].get_data()
     assert np.trapezoid(y, x) == pytest.approx(scored[0]["auc"])
     figure = confusion_figure(scores, "24 images")

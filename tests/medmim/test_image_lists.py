@@ -227,7 +227,7 @@ def test_a_bare_name_must_be_unique(tmp_path):
     with pytest.raises(ValueError, match=rf"^{path}: line 3: 1\.png: found several times \(2 such lines; --dataset_"):
         load_image_list(tmp_path, preset(), path)
     write_csv(path, ["image", "label"], [["2.png", "a"], ["0.png", "b"]])
-    expected = rf"^{path}: line 3: 0\.png: no such file in --dataset_dir {tmp_path}: add the files, or take the lines"
+    expected = rf"^{path}: line 3: 0\.png: no such file in --dataset_dir {tmp_path}: correct the name"
     with pytest.raises(ValueError, match=expected):
         load_image_list(tmp_path, preset(), path)
 
@@ -236,7 +236,7 @@ def test_a_bare_name_must_be_unique(tmp_path):
     ("text", "expected"),
     [
         ("image,label\n1.png,a\n\n2.png,c\n", "line 4: label 'c' in column 'label', expected one of a, b: correct it"),
-        ("image,label\n1.png,a\n2.png,\n", "line 3: label '' in column 'label', expected one of a, b"),
+        ("image,label\n1.png,a\n2.png,\n", "line 3: column 'label' is empty, expected one of a, b"),
         ("image,other\n1.png,a\n", "line 2: no column 'label'; found image, other"),
         ("image,label,split\n1.png,a,dev\n", "line 2: split 'dev', expected one of train, val, valid, test, training"),
         ("image,label\n,a\n", "line 2 names no image"),

@@ -14,18 +14,21 @@ from PIL import Image
 from medmim import radiograph_checks
 from medmim.datalists import Datalist
 from medmim.datasets import Preset, get_radiograph_preset
-from medmim.image_lists import load_image_list
+from medmim.image_lists import find_radiographs, load_image_list
+from medmim.image_splits import kept_apart
 from medmim.phantom_radiographs import FINDINGS, phantom_radiograph, write_phantom_radiographs
 from medmim.radiograph_checks import (
     check_class_weights,
     check_evaluated,
     check_image_data,
     check_image_inference,
+    check_radiograph_encoder,
     check_radiograph_preset,
     check_radiographs,
 )
 from medmim.transforms import ScanError
 from medmim.transforms.radiographs import load_radiograph
+from medmim.weights import save_encoder
 
 BODY = {"channels": ["X-ray"], "roi_size": [8, 8], "patch_size": 4, "z_score": "all"}
 ABC = Preset.from_dict("own", BODY | {"classification": {"task": "multiclass", "classes": ["a", "b", "c"]}})
@@ -86,7 +89,8 @@ def test_what_a_good_list_tells(images, tmp_path, caplog):
         "validation: 2 a, 1 b, 1 c",
         "test: 2 a, 1 b, 1 c",
     ]
-    assert not messages(caplog, logging.WARNING)
+    few = "4 images are few to choose a model and thresholds on: a --datalist with a column split may name more"
+    assert messages(caplog, logging.WARNING) == [f"validation: {few}"]
     assert (tmp_path / "out" / ".medmim_results").is_file()
     assert list((tmp_path / "models").iterdir()) == []
 
@@ -95,7 +99,7 @@ def test_classes_that_a_part_lacks_are_told(images, tmp_path, caplog):
     root = images({"a": 8, "b": 6, "c": 1})
     with caplog.at_level(logging.INFO, "medmim"):
         check_image_data(ABC, str(root), [str(tmp_path / "out")], fold=1)
-    assert messages(caplog, logging.WARNING) == [
+    assert messages(caplog, logging.WARNING)[1:] == [
         "validation: no image has c: no score can be given, or nothing be learned"
     ]
 
@@ -206,15 +210,52 @@ def test_only_new_and_changed_radiographs_are_read_again(images, tmp_path, reads
     assert len(reads) == 18
 
 
-def test_images_to_be_evaluated():
-    split = Datalist([{"image": "a"}], [{"image": "b"}])
-    check_evaluated(split, "validation")
+def test_images_to_be_evaluated(tmp_path):
+    """Those that training kept apart, by their names below the folder of the data."""
+    split = Datalist([{"image": "/data/a"}], [{"image": "/data/b"}], [{"image": "/data/c"}])
+    body = {"network": {"name": "ViTClassifier", "arguments": {}}, "preset": {"name": "own"}}
+    body |= {"format_version": 1, "medmim_version": "0", "kept_apart": kept_apart(split, "/data")}
+    (tmp_path / "model.json").write_text(json.dumps(body))
+    moved = Datalist([], [{"image": "/new/b"}], [{"image": "/new/c"}])
+    for part in ("validation", "test"):
+        check_evaluated(split, part, "/data", str(tmp_path))
+        check_evaluated(moved, part, "/new", str(tmp_path))
+        with pytest.raises(ValueError, match=f"^--part {part}: 1 images, not those that training kept apart"):
+            check_evaluated(Datalist([], [{"image": "/data/a"}], [{"image": "/data/b"}]), part, "/data", str(tmp_path))
+        check_evaluated(Datalist([], [{"image": "/d/x"}], [{"image": "/d/y"}]), part, "/d", str(tmp_path), "true")
     with pytest.raises(ValueError, match=r"^--part test: 0 images for testing: give --test_fold as in training, or a "):
-        check_evaluated(split, "test")
-    check_evaluated(Datalist([], [], [{"image": "c"}]), "test")
+        check_evaluated(Datalist([], [{"image": "/data/b"}]), "test", "/data", str(tmp_path))
+    with pytest.raises(ValueError, match=r"^--allow_other_images 1x: expected true or false$"):
+        check_evaluated(split, "test", "/data", str(tmp_path), "1x")
     for part in ("training", None, 5):
         with pytest.raises(ValueError, match=f"^--part {part}: expected validation or test$"):
-            check_evaluated(split, part)
+            check_evaluated(split, part, "/data", str(tmp_path))
+    del body["kept_apart"]  # a model of before
+    (tmp_path / "model.json").write_text(json.dumps(body))
+    check_evaluated(moved, "test", "/", str(tmp_path))
+
+
+def test_a_test_part_that_cannot_be_scored_is_refused(images, tmp_path):
+    root = images({"a": 10, "b": 10})
+    parts = ("val", "train")
+    lines = [f"{p.relative_to(root)},{p.parent.name},{parts[i % 2]}" for i, p in enumerate(find_radiographs(root))]
+    first = next(i for i, line in enumerate(lines) if ",a," in line)
+    lines[first] = lines[first].rsplit(",", 1)[0] + ",test"
+    (tmp_path / "list.csv").write_text("\n".join(["image,label,split", *lines]))
+    with pytest.raises(ValueError, match=r"images without it among the 1 for test: nothing could be scored"):
+        check_image_data(ABC, str(root), [str(tmp_path / "out")], str(tmp_path / "list.csv"))
+
+
+def test_encoder_of_another_preset_is_told(tmp_path, tiny_vit, caplog):
+    path = tmp_path / "encoder.pt"
+    save_encoder(path, tiny_vit(1, (16, 16), 8), [16, 16], get_radiograph_preset("cxr"))
+    with caplog.at_level(logging.WARNING, "medmim"):
+        check_radiograph_encoder(str(path), get_radiograph_preset("cxr"))
+        check_radiograph_encoder(None, get_radiograph_preset("cxr14"))
+    assert caplog.text == ""
+    with caplog.at_level(logging.WARNING, "medmim"):
+        check_radiograph_encoder(str(path), get_radiograph_preset("cxr14"))
+    assert "pre-trained with preset cxr, which may split the images otherwise" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["even", [1, 2], [1, 2, 0], [1, 2, -3], [1, 2, math.nan], [1, True, 2], 3, ["1", 2, 3]])

@@ -29,8 +29,9 @@ class ClassificationLoss(nn.Module):
             logits: ``(B, K)``.
             targets: ``(B, K)``: 0 to 1 (between them where images were mixed); NaN is unknown and adds nothing.
         """
-        weights = None if self.weights is None else self.weights.to(logits.device)
-        logits = logits.float()
+        if self.weights is not None:
+            self.weights = self.weights.to(logits.device)  # moves once
+        weights, logits = self.weights, logits.float()
         if self.softmax:
             return nn.functional.cross_entropy(logits, targets, weight=weights)
         known = torch.isfinite(targets)

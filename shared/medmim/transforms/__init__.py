@@ -4,7 +4,7 @@ from medmim.transforms.grids import FeatureGridd
 from medmim.transforms.masks import RandPatchMaskd, hidden_count
 from medmim.transforms.nested_masks import RandNestedMaskd
 from medmim.transforms.padding import PaddingTokensd
-from medmim.transforms.radiographs import LoadRadiographd
+from medmim.transforms.radiographs import LoadRadiographd, ResizeRadiographd
 from medmim.transforms.scans import CheckScand, LoadScand, ScanError
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "PaddingTokensd",
     "RandNestedMaskd",
     "RandPatchMaskd",
+    "ResizeRadiographd",
     "ScanError",
     "hidden_count",
 ]

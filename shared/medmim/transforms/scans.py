@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from monai.transforms import LoadImage, MapTransform
 from torch import Tensor
 
+# a decoder of DICOM on GPUs, whose absence MONAI would tell at each scan that is loaded
+logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
 LABEL_ROUNDING = 1e-3  # how far from a whole number a label may lie
 
 
