@@ -175,7 +175,8 @@ class _Reader:
         if name is None:
             self.faults.append(f"arms: {arm}: {section}: no bundle: give one there, or under {section} for all arms")
             return
-        known = [n for n in bundle_names() if n.endswith("_pretraining") == (section == "pretraining")]
+        ending = "_pretraining" if section == "pretraining" else "_segmentation"
+        known = [n for n in bundle_names() if n.endswith(ending) and "_cxr_" not in n]  # a study scores segmentations
         if name not in known:
             self.faults.append(f"arms: {arm}: {section}: bundle {name}: not one of {', '.join(known)}")
         elif section == "finetuning":
