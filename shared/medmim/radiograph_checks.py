@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,9 @@ def _check_radiograph(item: Item) -> dict[str, Any]:
     return {"shape": list(load_radiograph(item["image"]).shape[1:])}
 
 
-def check_image_inference(models_dir: str, dataset_dir: str, output_dir: str, check_scans: Any = True) -> None:
+def check_image_inference(
+    models_dir: str, dataset_dir: str, output_dir: str, check_scans: Any = True, one_file_each: bool = False
+) -> None:
     """Check model, output folder and images of a prediction run.
 
     Args:
@@ -224,6 +227,7 @@ def check_image_inference(models_dir: str, dataset_dir: str, output_dir: str, ch
         dataset_dir: folder with radiographs.
         output_dir: folder that must be writable; it is made.
         check_scans: whether to read each image.
+        one_file_each: whether a file is written for each image, named like it but for the ending.
 
     Raises:
         ValueError: one line for each fault.
@@ -233,6 +237,11 @@ def check_image_inference(models_dir: str, dataset_dir: str, output_dir: str, ch
         raise ValueError(f"--output_dir {output_dir}: the folder of the images: choose another for the results")
     check_writable(output_dir, results=True)
     items = find_images(dataset_dir)
+    twice = [name for name, n in Counter(Path(item["image"]).with_suffix("") for item in items).items() if n > 1]
+    if twice and one_file_each:
+        raise ValueError(
+            f"{twice[0]}: {len(twice)} names stand with several endings, whose results would be one: keep one"
+        )
     logger.info(f"{len(items)} images from {dataset_dir}")
     if check_scans in (True, "true"):
         check_each(items, _check_radiograph, ("shape",), "radiograph")

@@ -89,3 +89,17 @@ def test_widths_that_two_axes_do_not_divide(run_bundle: Run, tmp_path: Path, rec
         run_bundle(MAE_CXR, "train", folder=tmp_path, decoder_hidden_size=18, decoder_num_heads=3)
     record_property("error", str(end.value))
     assert str(end.value) == "error: --decoder_hidden_size 18: expected a multiple of 4"
+
+
+def test_names_that_would_share_a_result(
+    pretrained_cxr: Path, run_bundle: Run, radiographs_dir: Path, tmp_path: Path, record_property: Callable
+) -> None:
+    (tmp_path / "new").mkdir()
+    source = Image.open(next(radiographs_dir.rglob("*.png")))
+    for name in ("a.png", "a.jpg", "b.png"):
+        source.save(tmp_path / "new" / name)
+    knobs = {"models_dir": pretrained_cxr / "models", "dataset_dir": tmp_path / "new"}
+    with pytest.raises(SystemExit, match="new/a: 1 names stand with several endings") as end:
+        run_bundle(MAE_CXR, "inference", folder=tmp_path, **knobs)
+    record_property("error", str(end.value))
+    assert not list((tmp_path / "output").glob("*.nii.gz"))
