@@ -17,13 +17,14 @@ import ignite.distributed as idist
 import torch
 from monai.utils import ensure_tuple_rep
 
-from medmim.datalists import find_items, load_datalist
+from medmim.datalists import find_items
 from medmim.datasets import Preset, get_preset
 from medmim.description import read_description, read_preset
 from medmim.encoders import KINDS
 from medmim.folders import check_writable, writable_faults
 from medmim.networks.patches import grid_size
 from medmim.scan_checks import check_scans
+from medmim.splits import load_split
 from medmim.state_dicts import as_knob
 from medmim.transforms import hidden_count
 from medmim.weights import read_checkpoint
@@ -134,7 +135,7 @@ def check_preset(dataset: Any, spacing_factor: Any = 1.0) -> None:
 
 
 def check_data(
-    dataset: str,
+    preset: Preset,
     dataset_dir: str,
     output_dirs: Sequence[str],
     datalist: str | None = None,
@@ -142,34 +143,39 @@ def check_data(
     fold: int = 0,
     folds: int = 5,
     label_fraction: float = 1.0,
+    test_fold: Any = None,
 ) -> None:
     """Check output folders and list of scans of a training run.
 
     Args:
-        dataset: name of the preset, for the log.
-        dataset_dir, datalist, labelled, fold, folds, label_fraction: see :func:`medmim.datalists.load_datalist`.
+        preset: of the data.
+        dataset_dir, datalist, labelled, fold, folds, label_fraction, test_fold: see
+            :func:`medmim.splits.load_split`.
         output_dirs: folders that must be writable; they are made. The first is marked as one of results.
 
     Raises:
         ValueError: one line for each fault.
     """
     faults = writable_faults(output_dirs)
+    if test_fold is not None and not is_whole(test_fold):
+        faults.append(f"--test_fold {test_fold}: expected null, or a whole number")
+        test_fold = None
     numbers_are_good = is_whole(fold) and fold >= 0 and is_whole(folds) and folds > 1
     if numbers_are_good and is_number(label_fraction) and 0 < label_fraction <= 1:  # check_knobs says so otherwise
-        faults += _split_faults(dataset, dataset_dir, datalist, labelled, fold, folds, label_fraction)
+        faults += _split_faults(preset, dataset_dir, datalist, labelled, fold, folds, test_fold, label_fraction)
     if faults:
         raise ValueError("\n".join(faults))
 
 
-def _split_faults(dataset: str, dataset_dir: str, *args: Any) -> list[str]:
+def _split_faults(preset: Preset, dataset_dir: str, *args: Any) -> list[str]:
     """What is wrong with a list of scans, and how it is split."""
     try:
-        split = load_datalist(dataset_dir, *args)
+        split = load_split(dataset_dir, preset, *args)
     except (ValueError, TypeError) as error:
         return [str(error)]
-    *_, fold, folds, _ = args
+    *_, fold, folds, _, _ = args
     logger.info(
-        f"{dataset}: {len(split.training)} scans for training, {len(split.validation)} for validation "
+        f"{preset.name}: {len(split.training)} scans for training, {len(split.validation)} for validation "
         f"(fold {fold} of {folds}) from {dataset_dir}"
     )
     if len(split.validation) < idist.get_world_size():

@@ -65,6 +65,7 @@ def load_datalist(
     folds: int = 5,
     label_fraction: float = 1.0,
     split_seed: int = 0,
+    test_fold: int | None = None,
 ) -> Datalist:
     """Scans of a data set, split into training and validation.
 
@@ -82,6 +83,7 @@ def load_datalist(
         folds: number of parts.
         label_fraction: share of the training scans to keep, rounded up; smaller shares are subsets of larger ones.
         split_seed: seed of the shuffle.
+        test_fold: which part is left out for testing; ``None`` for none.
 
     Raises:
         ValueError: one line that names the file or knob.
@@ -90,6 +92,8 @@ def load_datalist(
         raise ValueError(f"--label_fraction {label_fraction}: must lie in (0, 1]")
     if folds < 2 or not 0 <= fold < folds:
         raise ValueError(f"--fold {fold} of --folds {folds}: fold must lie in 0 … folds - 1, and folds be 2 or more")
+    if test_fold is not None and not (0 <= test_fold < folds and test_fold != fold):
+        raise ValueError(f"--test_fold {test_fold}: expected null, or a part in 0 … folds - 1 but {fold} (--fold)")
     root = Path(dataset_dir)
     if not root.is_dir():
         raise ValueError(f"--dataset_dir {root}: no such folder")
@@ -104,20 +108,23 @@ def load_datalist(
     items.sort(key=lambda item: str(item["image"]))
     order = np.random.RandomState(split_seed).permutation(len(items))
     shuffled = [items[i] for i in order]
-    if not validation:
-        if any("fold" in item for item in items):
-            part_of = [_fold_of(item) for item in shuffled]
-        else:
-            part_of = [i % folds for i in range(len(shuffled))]
-        validation = [item for item, part in zip(shuffled, part_of, strict=True) if part == fold]
-        shuffled = [item for item, part in zip(shuffled, part_of, strict=True) if part != fold]
+    if any("fold" in item for item in items) and not (validation and test_fold is None):
+        part_of = [_fold_of(item) for item in shuffled]
+    else:
+        part_of = [i % folds for i in range(len(shuffled))]
+    parts = list(zip(shuffled, part_of, strict=True))
+    test = [item for item, part in parts if part == test_fold]
+    drawn = {test_fold} if validation else {fold, test_fold}
+    validation = validation or [item for item, part in parts if part == fold]
+    shuffled = [item for item, part in parts if part not in drawn]
     if not shuffled or not validation:
         raise ValueError(
             f"--dataset_dir {root}: {len(items)} scans leave {len(shuffled)} for training and {len(validation)} for "
             f"validation with --fold {fold} of --folds {folds}: add scans or lower folds"
         )
     keep = int(np.ceil(label_fraction * len(shuffled) - 1e-9))
-    return Datalist(training=shuffled[:keep], validation=sorted(validation, key=lambda item: str(item["image"])))
+    validation, test = (sorted(items, key=lambda item: str(item["image"])) for items in (validation, test))
+    return Datalist(training=shuffled[:keep], validation=validation, test=test)
 
 
 def fingerprint(split: Datalist) -> str:

@@ -17,9 +17,10 @@ from medmim.datalists import Datalist, Item
 from medmim.datasets import Preset, get_radiograph_preset
 from medmim.description import read_description
 from medmim.folders import check_writable, writable_faults
-from medmim.image_lists import find_images, load_image_list
+from medmim.image_lists import find_images
 from medmim.image_splits import kept_apart
 from medmim.remembered_checks import check_each
+from medmim.splits import load_split
 from medmim.transforms.radiographs import load_radiograph
 from medmim.weights import read_checkpoint
 
@@ -58,7 +59,7 @@ def check_image_data(
     Args:
         preset: of the data.
         dataset_dir, datalist, labelled, fold, folds, test_fold, label_fraction: see
-            :func:`medmim.image_lists.load_image_list`.
+            :func:`medmim.splits.load_split`.
         output_dirs: folders that must be writable; they are made. The first is marked as one of results.
 
     Raises:
@@ -78,7 +79,7 @@ def check_image_data(
 
 def _split_faults(preset: Preset, dataset_dir: str, datalist: str | None, labelled: bool, *args: Any) -> list[str]:
     try:
-        split = load_image_list(dataset_dir, preset, datalist, labelled, *args)
+        split = load_split(dataset_dir, preset, datalist, labelled, *args)
     except (ValueError, TypeError) as error:
         return [str(error)]
     if idist.get_rank() == 0:

@@ -11,7 +11,7 @@ import torch
 from monai.networks.nets.swin_unetr import SwinTransformer
 
 from medmim import checks, commands
-from medmim.datasets import Preset
+from medmim.datasets import Preset, get_preset
 from medmim.weights import save_encoder
 
 SIZE = (16, 24, 8)
@@ -136,7 +136,7 @@ def test_device_that_is_not_there(device: str, record_property: Callable) -> Non
 def test_data_and_folders_are_reported_together(tmp_path: Path, phantom_dir: Path) -> None:
     (tmp_path / "file").touch()
     folders = [tmp_path / "file" / "a", tmp_path / "good", tmp_path / "file" / "b"]
-    found = faults_of(checks.check_data, "phantom", str(tmp_path / "nowhere"), folders)
+    found = faults_of(checks.check_data, get_preset("phantom"), str(tmp_path / "nowhere"), folders)
     assert [line.split(" is not")[0] for line in found] == [
         f"folder {folders[0]}",
         f"folder {folders[2]}",
@@ -144,19 +144,19 @@ def test_data_and_folders_are_reported_together(tmp_path: Path, phantom_dir: Pat
     ]
     assert (tmp_path / "good").is_dir()
     assert list((tmp_path / "good").iterdir()) == []  # the first folder alone is marked as one of results
-    assert faults_of(checks.check_data, "phantom", str(phantom_dir), [tmp_path / "good"]) == []
+    assert faults_of(checks.check_data, get_preset("phantom"), str(phantom_dir), [tmp_path / "good"]) == []
 
 
 @pytest.mark.parametrize("knobs", [{"fold": "a"}, {"folds": None}, {"fold": -1}, {"label_fraction": "b"}], ids=str)
 def test_split_with_wrong_numbers_is_left_to_the_other_check(phantom_dir: Path, knobs: dict) -> None:
-    assert faults_of(checks.check_data, "phantom", str(phantom_dir), [], **knobs) == []
+    assert faults_of(checks.check_data, get_preset("phantom"), str(phantom_dir), [], **knobs) == []
 
 
 def test_each_process_needs_a_scan_for_validation(phantom_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(idist, "get_world_size", lambda: 2)
-    assert faults_of(checks.check_data, "phantom", str(phantom_dir), []) == []
+    assert faults_of(checks.check_data, get_preset("phantom"), str(phantom_dir), []) == []
     monkeypatch.setattr(idist, "get_world_size", lambda: 3)
-    (found,) = faults_of(checks.check_data, "phantom", str(phantom_dir), [])
+    (found,) = faults_of(checks.check_data, get_preset("phantom"), str(phantom_dir), [])
     assert found.startswith(f"--dataset_dir {phantom_dir}: 2 scans for validation by 3 processes: each needs one")
 
 

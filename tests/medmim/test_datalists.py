@@ -361,3 +361,18 @@ def test_label_maps_of_a_decathlon_folder_are_no_scans(tmp_path, caplog):
     assert [str(path.relative_to(tmp_path)) for path in found] == ["imagesTr/a.nii.gz", "imagesTs/b.nii.gz"]
     assert "2 label maps in labelsTr or labelsTs left out" in caplog.text
     assert find_scans(tmp_path / "labelsTr") == [tmp_path / "labelsTr" / "a.nii.gz"]  # asked for by name
+
+
+def test_part_for_testing_is_left_out(pairs):
+    root = pairs(10)
+    plain, split = load_datalist(root, fold=1), load_datalist(root, fold=1, test_fold=3)
+    assert names(split.validation) == names(plain.validation)
+    assert len(split.test) == 2
+    assert set(names(split.training)) == set(names(plain.training)) - set(names(split.test))
+    assert names(split.test) == names(load_datalist(root, fold=3).validation)
+
+
+@pytest.mark.parametrize("test_fold", [1, 5, -1])
+def test_part_for_testing_that_is_none(pairs, test_fold):
+    with pytest.raises(ValueError, match=f"--test_fold {test_fold}: expected null, or a part in 0 … folds - 1 but"):
+        load_datalist(pairs(10), fold=1, test_fold=test_fold)
