@@ -31,6 +31,7 @@ from medmim.weights import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
+PREPARED = ("channels", "spacing", "window", "z_score", "min_max")  # fields that say how scans are prepared
 SWITCH = (True, False, "true", "false")
 
 
@@ -225,9 +226,9 @@ def check_encoder(
     faults = []
     theirs, ours = description["preset"], preset.to_dict()
     if allow_other_preset not in (True, "true"):
-        different = [name for name in ("channels", "spacing", "window", "z_score") if theirs.get(name) != ours[name]]
+        different = [name for name in PREPARED if theirs.get(name) != ours.get(name)]
         if different:
-            found = ", ".join(f"{name} {theirs.get(name)} (this run {ours[name]})" for name in different)
+            found = ", ".join(f"{name} {theirs.get(name)} (this run {ours.get(name)})" for name in different)
             how = "--dataset, --spacing_factor" if "spacing" in different else "--dataset"
             faults.append(
                 f"--pretrained_encoder {path}: pre-trained with preset {theirs['name']}: {found}: prepare the scans "

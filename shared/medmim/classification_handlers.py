@@ -25,7 +25,7 @@ from medmim.classification_figures import (
     with_interval,
 )
 from medmim.classification_scores import ClassificationScores
-from medmim.figures import save_figure
+from medmim.figures import planes, save_figure
 from medmim.overlays import draw_overlay, relevance
 from medmim.previews import ValidationPreview
 
@@ -58,7 +58,8 @@ class ClassificationPreview(ValidationPreview):
         labels = state.output["label"].cpu().numpy()[:SHOWN]
         truths = [" | ".join(names[i] for i in np.flatnonzero(row == 1)) or "none" for row in labels]
         captions = [f"{truth}\n{_told(p, names)}" for truth, p in zip(truths, probabilities, strict=True)]
-        return examples_figure(list(images), captions, f"epoch {state.epoch}: reference, and the likeliest")
+        shown = [planes(image)[-1] for image in images]  # of a volume the middle axial slice
+        return examples_figure(shown, captions, f"epoch {state.epoch}: reference, and the likeliest")
 
 
 def _told(probabilities: np.ndarray, names: list[str]) -> str:

@@ -27,11 +27,13 @@ from medmim import (
     checks,
     command_line,
     folders,
+    image_checks,
     mim_checks,
     mim_reconstruct,
     networks,
     optim,
     phantom,
+    phantom_lesions,
     phantom_radiographs,
     radiograph_checks,
     scan_checks,
@@ -190,6 +192,14 @@ def write_phantom_radiographs(folder: str, n_patients: int) -> None:
         idist.barrier()
 
 
+def write_phantom_lesions(folder: str, n_patients: int) -> None:
+    """:func:`medmim.phantom_lesions.write_phantom_lesions`, by one process for all."""
+    if idist.get_rank() == 0:
+        ends_plainly(phantom_lesions.write_phantom_lesions)(folder, n_patients)
+    if idist.get_world_size() > 1:
+        idist.barrier()
+
+
 def write_nested_reconstructions(*args: Any, **kwargs: Any) -> None:
     """:func:`medmim.mim_reconstruct.write_reconstructions`; a bad scan ends the run."""
     with plain_faults():
@@ -215,7 +225,7 @@ def report_run(
     roi_size: Sequence[int],
     cache: str,
     cache_rate: float,
-    load_size: int | None = None,
+    load_size: int | Sequence[int] | None = None,
 ) -> None:
     """Say in the log what a training is about to use, before it fills the memory."""
     if idist.get_rank() > 0:
@@ -249,15 +259,16 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.2g} GiB"
 
 
-check_class_weights = lists_faults(radiograph_checks.check_class_weights)
+check_class_weights = lists_faults(image_checks.check_class_weights)
 check_command_line = lists_faults(command_line.check_command_line)
 check_convvit = lists_faults(mim_checks.check_convvit)
 check_data = lists_faults(checks.check_data)
 check_device = lists_faults(checks.check_device)
 check_encoder = lists_faults(checks.check_encoder)
 check_inference = lists_faults(checks.check_inference)
-check_evaluated = lists_faults(radiograph_checks.check_evaluated)
-check_image_data = lists_faults(radiograph_checks.check_image_data)
+check_evaluated = lists_faults(image_checks.check_evaluated)
+check_image_data = lists_faults(image_checks.check_image_data)
+check_image_encoder = lists_faults(image_checks.check_image_encoder)
 check_image_inference = lists_faults(radiograph_checks.check_image_inference)
 check_knobs = lists_faults(checks.check_knobs)
 check_labels = lists_faults(checks.check_labels)
@@ -266,7 +277,6 @@ check_pairs = lists_faults(scan_checks.check_pairs)
 check_paths = lists_faults(folders.check_paths)
 check_preset = lists_faults(checks.check_preset)
 check_processes = lists_faults(command_line.check_processes)
-check_radiograph_encoder = lists_faults(radiograph_checks.check_radiograph_encoder)
 check_radiograph_preset = lists_faults(radiograph_checks.check_radiograph_preset)
 check_radiographs = lists_faults(radiograph_checks.check_radiographs)
 check_resume = lists_faults(folders.check_resume)
@@ -278,6 +288,7 @@ check_upsampling = lists_faults(checks.check_upsampling)
 check_swin = lists_faults(swin_checks.check_swin)
 check_swin_roi = lists_faults(swin_checks.check_swin_roi)
 check_switches = lists_faults(checks.check_switches)
+check_volume_preset = lists_faults(image_checks.check_volume_preset)
 checkpoint_activations = ends_plainly(networks.checkpoint_activations)
 freeze_encoder = ends_plainly(optim.freeze_encoder)
 load_checkpoint = ends_plainly(weights.load_checkpoint)

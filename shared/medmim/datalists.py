@@ -48,7 +48,11 @@ def find_scans(folder: str | Path) -> list[Path]:
     if len(scans) < len(found):
         logger.info(f"{folder}: {len(found) - len(scans)} label maps in {' or '.join(sorted(LABEL_FOLDERS))} left out")
     if not scans:
-        raise ValueError(f"--dataset_dir {folder}: no NIfTI file (.nii, .nii.gz) in it or below")
+        packed = sorted(folder.glob("*.npz"))
+        advice = (
+            f", but {packed[0].name}: unpack it first: python -m medmim.medmnist {packed[0]} FOLDER" if packed else ""
+        )
+        raise ValueError(f"--dataset_dir {folder}: no NIfTI file (.nii, .nii.gz) in it or below{advice}")
     return scans
 
 

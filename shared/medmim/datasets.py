@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from monai.transforms import MapTransform, NormalizeIntensityd, ScaleIntensityRanged
+from monai.transforms import MapTransform, NormalizeIntensityd, ScaleIntensityd, ScaleIntensityRanged
 from torch import Tensor
 
 from medmim.classes import Classification
@@ -28,6 +28,7 @@ class Preset:
     spacing: tuple[float, ...] | None
     window: tuple[float, float] | None
     z_score: str | None
+    min_max: bool
     crop_foreground: bool
     roi_size: tuple[int, ...]
     patch_size: int
@@ -87,8 +88,9 @@ class Preset:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in a description file."""
         body = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        del body["classification"]  # of segmentation and pre-training presets there is none
-        return body if self.classification is None else body | {"classification": self.classification.to_dict()}
+        if self.classification is not None:
+            body["classification"] = self.classification.to_dict()
+        return {key: value for key, value in body.items() if value or key not in _LEFT_OUT}
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -97,6 +99,7 @@ _DEFAULTS: dict[str, Any] = {
     "spacing": None,
     "window": None,
     "z_score": None,
+    "min_max": False,
     "crop_foreground": False,
     "augmentation": {"flip": 0.0, "rotate": 0.1, "intensity": 0.1},
     "crop_ratio": (1, 1),
@@ -109,6 +112,8 @@ _DEFAULTS: dict[str, Any] = {
     "source": "",
 }
 
+_LEFT_OUT = ("min_max", "classification")  # of a description, where they say nothing
+
 
 def _faults(body: Mapping[str, Any]) -> list[str]:
     dims = len(body["roi_size"]) if isinstance(body["roi_size"], list | tuple) else 0
@@ -117,8 +122,10 @@ def _faults(body: Mapping[str, Any]) -> list[str]:
         faults.append(f"roi_size must be 2 or 3 positive integers, found {body['roi_size']!r}")
     if body["spacing"] is not None and (not _are_numbers(body["spacing"], dims) or min(body["spacing"]) <= 0):
         faults.append(f"spacing must be {dims} positive numbers in mm or null, found {body['spacing']!r}")
-    if (body["window"] is None) == (body["z_score"] is None):
-        faults.append("exactly one of window and z_score must be set")
+    if not isinstance(body["min_max"], bool):
+        faults.append(f"min_max must be true or false, found {body['min_max']!r}")
+    elif [body["window"] is None, body["z_score"] is None, not body["min_max"]].count(False) != 1:
+        faults.append("exactly one of window, z_score and min_max must be set")
     if body["window"] is not None and (not _are_numbers(body["window"], 2) or body["window"][0] >= body["window"][1]):
         faults.append(f"window must be [lower, upper], found {body['window']!r}")
     if body["z_score"] not in (None, "all", "nonzero"):
@@ -243,9 +250,9 @@ def get_radiograph_preset(name: str, normalization: str | None = None) -> Preset
     if normalization is None:
         return preset
     return (
-        replace(preset, z_score="all", window=None)
+        replace(preset, z_score="all", window=None, min_max=False)
         if normalization == "image"
-        else replace(preset, z_score=None, window=(0.0, 1.0))
+        else replace(preset, z_score=None, window=(0.0, 1.0), min_max=False)
     )
 
 
@@ -271,18 +278,22 @@ def _find_preset(name: str) -> Preset:
 
 
 def intensity_transform(preset: Preset, keys: str = "image") -> MapTransform:
-    """MONAI transform that normalises intensities as the preset says: a window to [0, 1], or z-score."""
+    """MONAI transform that normalises intensities as the preset says: a window or the range to [0, 1], or z-score."""
     if preset.window is not None:
         lower, upper = preset.window
         return ScaleIntensityRanged(keys, a_min=lower, a_max=upper, b_min=0.0, b_max=1.0, clip=True)
+    if preset.min_max:
+        return ScaleIntensityd(keys, minv=0.0, maxv=1.0, channel_wise=True)
     return NormalizeIntensityd(keys, nonzero=preset.z_score == "nonzero", channel_wise=True)
 
 
 def is_foreground(image: Tensor, preset: Preset) -> Tensor:
-    """Voxels worth keeping when the border is cut away: above the window's lower end, or not zero.
+    """Voxels worth keeping when the border is cut away: above the lower end of the window or range, or not zero.
 
     Args:
         image: ``(C, *spatial)``, intensities of the file.
         preset: how its intensities are normalised.
     """
+    if preset.min_max:
+        return image > image.amin()
     return image > preset.window[0] if preset.window is not None else image != 0

@@ -22,7 +22,7 @@ from torch import nn
 from medmim.datasets import Preset
 from medmim.encoders import KINDS, describe_convvit, describe_swin, describe_vit, kind_of
 from medmim.files import replace_file
-from medmim.networks import UNETR, ConvViT, ConvViTUNETR, FeatureExtractor, ViTClassifier
+from medmim.networks import UNETR, ConvViT, ConvViTClassifier, ConvViTUNETR, FeatureExtractor, ViTClassifier
 from medmim.networks.vit_classifier import POOLING
 from medmim.version import FORMAT_VERSION, __version__
 
@@ -34,7 +34,7 @@ def describe_network(network: nn.Module, img_size: Sequence[int]) -> dict[str, A
 
     Args:
         network: MONAI ``ViT`` or ``SwinTransformer``, or ``ConvViT``, ``FeatureExtractor``, ``UNETR``,
-            ``ConvViTUNETR`` or ``ViTClassifier`` of this package, or MONAI's ``SwinUNETR``.
+            ``ConvViTUNETR``, ``ViTClassifier`` or ``ConvViTClassifier`` of this package, or MONAI's ``SwinUNETR``.
         img_size: voxels along each axis that it was built for.
 
     Raises:
@@ -54,9 +54,11 @@ def describe_network(network: nn.Module, img_size: Sequence[int]) -> dict[str, A
     if isinstance(network, ViTClassifier):
         own = {"n_outputs": network.head.out_features, "pooling": POOLING[network.has_class_token]}
         return {"name": "ViTClassifier", "arguments": describe_vit(network.vit, img_size) | own}
-    if isinstance(network, ConvViTUNETR):
+    if isinstance(network, ConvViTUNETR | ConvViTClassifier):
         sizes = describe_convvit(network.encoder, img_size)
         arguments = {key: value for key, value in sizes.items() if key not in ("fusion", "fifth_stage", "mlp_ratio")}
+        if isinstance(network, ConvViTClassifier):
+            return {"name": "ConvViTClassifier", "arguments": arguments | {"n_outputs": network.head.out_features}}
         own = {"out_channels": network.out.conv.conv.out_channels, "norm_name": network.norm_name}
         return {"name": "ConvViTUNETR", "arguments": arguments | own}
     if isinstance(network, SwinUNETR):
@@ -127,6 +129,7 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {kind.name: kind.build for kind 
     "FeatureExtractor": _build_feature_extractor,
     "UNETR": UNETR,
     "ViTClassifier": ViTClassifier,
+    "ConvViTClassifier": ConvViTClassifier,
     "ConvViTUNETR": ConvViTUNETR,
     "SwinUNETR": _build_swin_unetr,
 }

@@ -1,4 +1,4 @@
-"""Lists of radiographs: from a folder, or a CSV with labels and patients; and their splits by patient."""
+"""Lists of radiographs, and of volumes with classes: from a folder or a CSV, with labels and patients; their splits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import ignite.distributed as idist
 
 from medmim.classes import Classification
-from medmim.datalists import Datalist, Item
+from medmim.datalists import Datalist, Item, find_scans
 from medmim.datasets import Preset
 from medmim.folders import visible_files
 from medmim.image_splits import find_patients, in_proportion, split_images, tell_shared
@@ -45,6 +45,11 @@ def find_images(folder: str | Path) -> list[Item]:
     return [{"image": str(path)} for path in find_radiographs(folder)]
 
 
+def _files(preset: Preset) -> Callable[[str | Path], list[Path]]:
+    """What finds the images of a preset: radiographs, or volumes as NIfTI."""
+    return find_radiographs if len(preset.roi_size) == 2 else find_scans
+
+
 def load_image_list(
     dataset_dir: str | Path,
     preset: Preset,
@@ -56,7 +61,7 @@ def load_image_list(
     label_fraction: float = 1.0,
     split_seed: int = 0,
 ) -> Datalist:
-    """Radiographs of a data set, split into training, validation and, where there is one, test.
+    """Images of a data set (radiographs, or volumes as NIfTI), split into training, validation and perhaps test.
 
     The list comes from ``datalist`` if given, else from the file that the preset names, else from the folder itself,
     where the class is that of a pattern of the preset or a folder's name, and folders ``train``, ``val`` and ``test``
@@ -87,13 +92,10 @@ def load_image_list(
     if labelled and classification is None:
         raise ValueError(f"--dataset {preset.name}: the preset has no classification: name its classes in one")
     path = _find_list(root, Path(datalist) if datalist else None, classification)
-    if path is None:
-        items = _read_folder(root, classification, labelled)
-    else:
-        items = _read_csv(path, root, classification, labelled)
+    items = _read_folder(root, preset, labelled) if path is None else _read_csv(path, root, preset, labelled)
     _mark_official(items, root, classification)
     _check_twice(items)
-    find_patients(items, None if classification is None else classification.patient_pattern)
+    find_patients(items, None if classification is None else classification.patient_pattern, root)
     if labelled:
         _check_labels(items, path or root)
     split = split_images(items, root, fold, folds, test_fold, split_seed)
@@ -134,15 +136,15 @@ def _has_column(path: Path, column: str) -> bool:
         return column in next(csv.reader(file), [])
 
 
-def _read_folder(root: Path, classification: Classification | None, labelled: bool) -> list[Item]:
+def _read_folder(root: Path, preset: Preset, labelled: bool) -> list[Item]:
     items = []
-    for path in find_radiographs(root):
+    for path in _files(preset)(root):
         below = path.relative_to(root)
         item: Item = {"image": str(path)}
         split = next((SPLITS[part.lower()] for part in below.parts[:-1] if part.lower() in SPLITS), None)
         if split:
             item["split"] = split
-        item |= _label(labelled, classification, partial(_label_of_path, below, root))
+        item |= _label(labelled, preset.classification, partial(_label_of_path, below, root))
         items.append(item)
     return items
 
@@ -181,7 +183,7 @@ def _as_vector(names: Sequence[str], classification: Classification) -> list[flo
     return [float(name in names) for name in classification.outputs]
 
 
-def _read_csv(path: Path, root: Path, classification: Classification | None, labelled: bool) -> list[Item]:
+def _read_csv(path: Path, root: Path, preset: Preset, labelled: bool) -> list[Item]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -190,12 +192,14 @@ def _read_csv(path: Path, root: Path, classification: Classification | None, lab
                 rows[reader.line_num] = row
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not readable as a CSV in UTF-8 ({error}): save it as UTF-8") from error
+    classification = preset.classification
     columns = classification or Classification("multilabel", ("any",))
     first = next(iter(rows.values()), {})
     if columns.image_column not in first:
         found = ", ".join(map(str, first)) or "no line"
         raise ValueError(f"{path}: found {found}, expected a column '{columns.image_column}' with names of images")
-    where = _locate({number: str(row[columns.image_column] or "") for number, row in rows.items()}, root, path)
+    names = {number: str(row[columns.image_column] or "") for number, row in rows.items()}
+    where = _locate(names, root, path, _files(preset))
     items = []
     for (number, row), image in zip(rows.items(), where, strict=True):
         item: Item = {"image": image}
@@ -211,7 +215,7 @@ def _read_csv(path: Path, root: Path, classification: Classification | None, lab
     return items
 
 
-def _locate(names: Mapping[int, str], root: Path, path: Path) -> list[str]:
+def _locate(names: Mapping[int, str], root: Path, path: Path, find: Callable[[str | Path], list[Path]]) -> list[str]:
     """Files of a list, given by line: below the folder as given, or the one file with this name anywhere below it."""
     below: dict[str, list[Path]] | None = None
     where, missing = [], []
@@ -222,7 +226,7 @@ def _locate(names: Mapping[int, str], root: Path, path: Path) -> list[str]:
         if not file.is_file():
             if below is None:
                 below = defaultdict(list)
-                for found in find_radiographs(root):
+                for found in find(root):
                     below[found.name].append(found)
             found_here = below.get(name.strip(), [])
             if len(found_here) != 1:
@@ -254,7 +258,7 @@ def _label_of_row(row: Mapping[str, Any], place: str, classification: Classifica
     if classification.task != "multilabel":
         if not text:
             raise ValueError(f"{place}: column '{column}' is empty, expected one of {', '.join(classes)}")
-        if classification.task == "binary" and text in ("0", "1") and text not in classes:
+        if text.isdecimal() and int(text) < len(classes) and text not in classes:
             text = classes[int(text)]
         names = [text]
     else:

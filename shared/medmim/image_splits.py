@@ -1,4 +1,4 @@
-"""Splits of radiographs: patients and copies of a file stay together, and each part has its share of each class."""
+"""Splits of images: patients and copies of a file stay together, and each part has its share of each class."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ logger = logging.getLogger(__name__)
 SAME = 65536  # bytes of files of equal size that are compared first to find copies
 
 
-def find_patients(items: list[Item], pattern: str | None) -> None:
-    """A patient for each item, as far as a column or the name tells; copies of a file get the same ``copies``."""
+def find_patients(items: list[Item], pattern: str | None, root: Path) -> None:
+    """A patient for each item, as far as a column, the name or the path below ``root`` tells; and for copies of a file
+    the same ``copies``.
+    """
     for item in items:
-        match = re.search(pattern, Path(item["image"]).name) if pattern and "patient" not in item else None
-        if match and match.group(1):
-            item["patient"] = match.group(1)
+        path = Path(item["image"])
+        if pattern and "patient" not in item:
+            found = [re.search(pattern, text) for text in (path.name, path.relative_to(root).as_posix())]
+            named = [match.group(1) for match in found if match and match.group(1)]
+            item |= {"patient": named[0]} if named else {}
     by_size: dict[int, list[Item]] = defaultdict(list)
     for item in items:
         by_size[Path(item["image"]).stat().st_size].append(item)

@@ -66,9 +66,13 @@ def _name(item: Item) -> str:
     return json.dumps([item["image"], _label_file(item)])
 
 
+def has_label_map(item: Item) -> bool:
+    """Whether the label is a file; that of a classification is a list of numbers."""
+    return isinstance(item.get("label"), str)
+
+
 def _label_file(item: Item) -> str | None:
-    label = item.get("label")
-    return label if isinstance(label, str) else None  # that of a classification is no file
+    return item["label"] if has_label_map(item) else None
 
 
 def _read_remembered(path: Path, whole: set[str]) -> dict[str, Found]:

@@ -13,7 +13,7 @@ import torch
 
 from medmim.datalists import Datalist, Item
 from medmim.datasets import Preset
-from medmim.remembered_checks import check_each
+from medmim.remembered_checks import check_each, has_label_map
 from medmim.scan_datasets import resampled_size
 from medmim.transforms import ScanError
 from medmim.transforms.scans import check_image, check_label, load_scan
@@ -42,7 +42,7 @@ def check_scans(
     """
     training = items.training if isinstance(items, Datalist) else items
     if isinstance(items, Datalist):
-        items = items.training + items.validation
+        items = items.training + items.validation + items.test
     values = f"{preset.file_values} {preset.label_map}"
     rules = f"{list(preset.channels)} {values} {preset.window} {len(preset.roi_size)}"
     found = check_each(
@@ -56,7 +56,7 @@ def check_scans(
             size = resampled_size(entry["shape"], entry["spacing"], preset)
             if any(n < roi for n, roi in zip(size, roi_size, strict=True)):
                 small.append((item["image"], size))
-    labels = {item["label"] for item in training if "label" in item}
+    labels = {item["label"] for item in training if has_label_map(item)}
     if labels and labels <= set(empty):
         raise ValueError(
             f"{empty[0]}: no foreground, as in all {len(labels)} label maps for training: nothing could be learned: "
@@ -92,7 +92,7 @@ def _check_scan(item: Item, preset: Preset) -> dict[str, Any]:
             f"{highest:g}]: remove the file, or choose a preset with another window (--dataset)"
         )
     foreground = None
-    if "label" in item:
+    if has_label_map(item):
         label = load_scan(item["label"])
         check_label(label, image, item["label"], preset.file_values)
         found = [int(value) for value in torch.unique(label.round())]

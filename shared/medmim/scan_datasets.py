@@ -127,29 +127,32 @@ def estimate_cache_bytes(
     items: Sequence[Item],
     preset: Preset,
     roi_size: Sequence[int],
-    load_size: int | None = None,
+    load_size: int | Sequence[int] | None = None,
     sample: int = 100,
 ) -> int:
     """About how many bytes the prepared scans take in memory, from the headers of up to ``sample`` of them.
 
     Four bytes for a voxel, at the preset's spacing and at least ``roi_size`` large; the label map counts as one more
     channel. Cutting away the background makes it less. Radiographs have their own size, or ``load_size`` along the
-    longer side.
+    longer side. Volumes that are resized as a whole have ``load_size`` along their axes.
     """
     chosen = [items[round(i)] for i in np.linspace(0, len(items) - 1, min(sample, len(items)))] if items else []
+    if isinstance(load_size, list | tuple):
+        return 4 * prod(load_size) * len(preset.channels) * len(items)
+    longer_side: Any = load_size
     sizes = []
     for item in chosen:
         name = item["image"] if isinstance(item["image"], str) else item["image"][0]
         if name.lower().endswith(RADIOGRAPH_SUFFIXES):
             size = radiograph_size(name)
-            scale = 1 if load_size is None else load_size / max(size)
+            scale = 1 if longer_side is None else longer_side / max(size)
             sizes.append(round(4 * prod(size) * scale**2))
             continue
         header: Any = nib.load(name).header
         dims = len(preset.roi_size)
         shape = resampled_size(header.get_data_shape()[:dims], header.get_zooms()[:dims], preset)
         voxels = prod(max(n, roi) for n, roi in zip(shape, roi_size, strict=True))
-        sizes.append(4 * voxels * (len(preset.channels) + ("label" in item)))
+        sizes.append(4 * voxels * (len(preset.channels) + isinstance(item.get("label"), str)))
     return round(sum(sizes) / len(sizes) * len(items)) if sizes else 0
 
 

@@ -14,18 +14,11 @@ from PIL import Image
 from medmim import radiograph_checks
 from medmim.datalists import Datalist
 from medmim.datasets import Preset, get_radiograph_preset
+from medmim.image_checks import check_class_weights, check_evaluated, check_image_data, check_image_encoder
 from medmim.image_lists import find_radiographs, load_image_list
 from medmim.image_splits import kept_apart
 from medmim.phantom_radiographs import FINDINGS, phantom_radiograph, write_phantom_radiographs
-from medmim.radiograph_checks import (
-    check_class_weights,
-    check_evaluated,
-    check_image_data,
-    check_image_inference,
-    check_radiograph_encoder,
-    check_radiograph_preset,
-    check_radiographs,
-)
+from medmim.radiograph_checks import check_image_inference, check_radiograph_preset, check_radiographs
 from medmim.transforms import ScanError
 from medmim.transforms.radiographs import load_radiograph
 from medmim.weights import save_encoder
@@ -250,11 +243,11 @@ def test_encoder_of_another_preset_is_told(tmp_path, tiny_vit, caplog):
     path = tmp_path / "encoder.pt"
     save_encoder(path, tiny_vit(1, (16, 16), 8), [16, 16], get_radiograph_preset("cxr"))
     with caplog.at_level(logging.WARNING, "medmim"):
-        check_radiograph_encoder(str(path), get_radiograph_preset("cxr"))
-        check_radiograph_encoder(None, get_radiograph_preset("cxr14"))
+        check_image_encoder(str(path), get_radiograph_preset("cxr"))
+        check_image_encoder(None, get_radiograph_preset("cxr14"))
     assert caplog.text == ""
     with caplog.at_level(logging.WARNING, "medmim"):
-        check_radiograph_encoder(str(path), get_radiograph_preset("cxr14"))
+        check_image_encoder(str(path), get_radiograph_preset("cxr14"))
     assert "pre-trained with preset cxr, which may split the images otherwise" in caplog.text
 
 

@@ -1,6 +1,7 @@
 """Pretext networks, decoders and the networks that take a pre-trained encoder."""
 
 from medmim.networks.convvit import ConvViT
+from medmim.networks.convvit_classifier import ConvViTClassifier
 from medmim.networks.convvit_unetr import ConvViTUNETR
 from medmim.networks.feature_extractor import FeatureExtractor
 from medmim.networks.mask_in_mask import MaskInMask
@@ -16,6 +17,7 @@ from medmim.networks.vit_classifier import ViTClassifier
 __all__ = [
     "UNETR",
     "ConvViT",
+    "ConvViTClassifier",
     "ConvViTUNETR",
     "FeatureExtractor",
     "MaskInMask",
