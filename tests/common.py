@@ -19,9 +19,13 @@ MIM = "mim_convvit_pretraining"
 SIMMIM_VIT, SIMMIM_SWIN = "simmim_vit_pretraining", "simmim_swin_pretraining"
 SIMCLR = "simclr_vit_pretraining"
 MAE_CXR, VIT_CXR = "mae_vit_cxr_pretraining", "vit_cxr_classification"
+CONVVIT_CT = "convvit_ct_classification"
 RADIOGRAPHS = (MAE_CXR, VIT_CXR)
+CLASSIFICATION = (VIT_CXR, CONVVIT_CT)
+WHOLE = (*RADIOGRAPHS, CONVVIT_CT)  # see an image at once, without crops
 PRETRAINING = (MAE, MAE_CXR, MIM, SIMCLR, SIMMIM_VIT, SIMMIM_SWIN)
-OTHERS = (MIM, SIMCLR, SIMMIM_VIT, SIMMIM_SWIN, CONVVIT_UNETR, SWIN_UNETR, MAE_CXR, VIT_CXR)  # run by the slow tests
+OTHERS = (MIM, SIMCLR, SIMMIM_VIT, SIMMIM_SWIN, CONVVIT_UNETR, SWIN_UNETR, MAE_CXR)
+OTHERS += CLASSIFICATION  # run by the slow tests
 both = pytest.mark.parametrize("bundle", [MAE, UNETR])
 slow_ones = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
 every = pytest.mark.parametrize("bundle", [MAE, UNETR, *slow_ones])
@@ -72,6 +76,14 @@ TINY_OF = {
     },
     MAE_CXR: TINY_2D | {"decoder_hidden_size": 24, "decoder_num_layers": 1, "decoder_num_heads": 4},
     VIT_CXR: TINY_2D | {"drop_path_rate": 0.0},
+    CONVVIT_CT: {
+        "roi_size": [32, 32, 16],
+        "embed_dims": [6, 6, 6, 12],
+        "depths": [1, 1, 1, 2],
+        "num_heads": 2,
+        "drop_path_rate": 0.0,
+        "batch_size": 4,
+    },
     SIMCLR: TINY_VIT | {"projector_hidden_size": 24, "projector_out_size": 16},
     SIMMIM_VIT: TINY_VIT | {"decoder_hidden_size": 24, "decoder_num_heads": 4},
     SIMMIM_SWIN: {
@@ -112,6 +124,7 @@ FILES = {  # that travel
     SIMCLR: ["encoder.pt", "model.pt", "model.json"],
     MAE_CXR: ["encoder.pt", "model.pt", "model.json"],
     VIT_CXR: ["model.pt", "model.json"],
+    CONVVIT_CT: ["model.pt", "model.json"],
 }
 
 

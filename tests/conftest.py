@@ -16,8 +16,9 @@ from monai.utils import set_determinism
 
 from medmim.datasets import Preset, get_preset
 from medmim.phantom import write_phantom
+from medmim.phantom_lesions import write_phantom_lesions
 from medmim.phantom_radiographs import write_phantom_radiographs
-from tests.common import BUNDLES, RADIOGRAPHS, TINY, TINY_OF
+from tests.common import BUNDLES, CONVVIT_CT, RADIOGRAPHS, TINY, TINY_OF
 
 N_CASES = 6  # fold 0 of 5: four for training, two for validation
 COARSE_PRESET = """\
@@ -84,12 +85,24 @@ def radiographs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def data_of(phantom_dir: Path, coarse_preset: Path, radiographs_dir: Path) -> Callable[[str], dict[str, str]]:
+def lesions_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Synthetic scans with and without lesions, 15 patients; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("lesions")
+    write_phantom_lesions(folder, 15)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_of(
+    phantom_dir: Path, coarse_preset: Path, radiographs_dir: Path, lesions_dir: Path
+) -> Callable[[str], dict[str, str]]:
     """The knobs ``dataset`` and ``dataset_dir`` that suit a bundle."""
 
     def knobs(bundle: str) -> dict[str, str]:
         if bundle in RADIOGRAPHS:
             return {"dataset": "phantom_cxr", "dataset_dir": str(radiographs_dir)}
+        if bundle == CONVVIT_CT:
+            return {"dataset": "phantom_ct", "dataset_dir": str(lesions_dir)}
         return {"dataset": str(coarse_preset), "dataset_dir": str(phantom_dir)}
 
     return knobs
@@ -244,6 +257,15 @@ def classified(
     knobs = {"epochs": 8, "learning_rate": 0.003, "val_interval": 4, "test_fold": 1, "layer_decay": 1.0}
     encoder = pretrained_cxr / "models" / "encoder.pt"
     run_bundle("vit_cxr_classification", "train", folder=folder, pretrained_encoder=encoder, **knobs)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classified_ct(run_bundle: Callable[..., ConfigWorkflow], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a short classification of volumes, fold 1 for testing; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("classified_ct")
+    knobs = {"epochs": 4, "learning_rate": 0.003, "val_interval": 2, "test_fold": 1}
+    run_bundle("convvit_ct_classification", "train", folder=folder, **knobs)
     return folder
 
 

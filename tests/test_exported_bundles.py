@@ -19,6 +19,8 @@ import pytest
 
 from medmim.version import __version__
 from tests.common import (
+    CLASSIFICATION,
+    CONVVIT_CT,
     CONVVIT_UNETR,
     MAE,
     MAE_CXR,
@@ -30,6 +32,7 @@ from tests.common import (
     SWIN_UNETR,
     UNETR,
     VIT_CXR,
+    WHOLE,
     rows,
 )
 
@@ -44,6 +47,7 @@ CONVVIT = {"embed_dims": "[6,6,12,12]", "depths": "[1,1,1,2]", "num_heads": 2}
 SWIN = {"roi_size": "[64,64,32]", "feature_size": 12, "depths": "[1,1,1,1]", "num_heads": "[1,2,3,4]"}
 SCORED = {"overlap": 0.0, "label_fraction": 1.0}
 IMAGES = {"phantom_patients": 20, "epochs": 2, "warmup_epochs": 1, "batch_size": 8, "roi_size": "[32,48]"}
+VOLUMES = {"phantom_patients": 15, "epochs": 2, "warmup_epochs": 1, "batch_size": 4, "roi_size": "[32,48,32]"}
 LEVELS = {"roi_size": "[32,32,32]", "crop_size": "[32,32,32]", "levels::1::samples": 1, "levels::2::samples": 1}
 KNOBS: dict[str, dict[str, Any]] = {
     MAE: SMALL | VIT | {"decoder_hidden_size": 24, "decoder_num_layers": 1},
@@ -57,6 +61,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     SIMMIM_SWIN: SMALL | SWIN,
     MAE_CXR: IMAGES | VIT | {"decoder_hidden_size": 24, "decoder_num_layers": 1},
     VIT_CXR: IMAGES | VIT | {"label_fraction": 1.0},
+    CONVVIT_CT: VOLUMES | CONVVIT,
 }
 each = pytest.mark.parametrize("bundle", list(KNOBS))
 
@@ -146,17 +151,17 @@ def test_train_evaluate_infer(bundle: str, python: str, unzipped: Callable[..., 
     call([*run, *configs(mine, *demo, "evaluate.yaml"), *options(**KNOBS[bundle])])
 
     data = mine / "output" / ("phantom_radiographs" if bundle in RADIOGRAPHS else "phantom")
-    if bundle in (UNETR, CONVVIT_UNETR, SWIN_UNETR, VIT_CXR):
-        scores = "scores_validation/scores.csv" if bundle == VIT_CXR else "scores.csv"
+    if bundle in (UNETR, CONVVIT_UNETR, SWIN_UNETR, *CLASSIFICATION):
+        scores = "scores_validation/scores.csv" if bundle in CLASSIFICATION else "scores.csv"
         assert (mine / "output" / scores).stat().st_size > 0
         # train.json has the knobs of the weights as defaults
         call([*run, *configs(shipped, "train.json", "evaluate.yaml"), *options(dataset_dir=data, num_workers=0)])
         assert (shipped / "output" / scores).stat().st_size > 0
-    images = data / ("images" if bundle in RADIOGRAPHS else "imagesTr")
+    images = data / ("images" if bundle in WHOLE else "imagesTr")
     for name in ("inference.json", "inference.yaml"):
         folder = tmp_path / name
         call([*run, *configs(shipped, name), *options(dataset_dir=images, output_dir=folder)])
-        if bundle == VIT_CXR:
+        if bundle in CLASSIFICATION:
             assert len(rows(folder / "probabilities.csv")) == len(list(images.iterdir()))
             continue
         written = sorted(folder.glob("*.nii.gz"))
@@ -232,7 +237,7 @@ def test_bundle_commands(bundle: str, python: str, unzipped: Callable[..., Path]
         assert "data shape of network is verified with no error" in output
     network = ["network_def", "--ckpt_file", "models/model.pt", *meta, "--config_file", "configs/inference.json"]
     script = ["ckpt_export", *network, "--filepath", "models/model.ts"]
-    if bundle in (MIM, CONVVIT_UNETR, SWIN_UNETR, SIMMIM_SWIN):
+    if bundle in (MIM, CONVVIT_UNETR, SWIN_UNETR, SIMMIM_SWIN, CONVVIT_CT):
         size = json.loads(KNOBS[bundle]["roi_size"])
         script += options(use_trace=True, input_shape=[1, 1, *size])
     call([*command, *script], folder)

@@ -5,6 +5,7 @@ import fire
 from tools.benchmark import benchmark
 from tools.configs import configs
 from tools.convert import convert
+from tools.demos import demos
 from tools.download import download
 from tools.export import export
 from tools.quickstart import quickstart
@@ -13,6 +14,7 @@ from tools.study import study
 if __name__ == "__main__":
     commands = {
         "quickstart": quickstart,
+        "demos": demos,
         "download": download,
         "export": export,
         "convert": convert,

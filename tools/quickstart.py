@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import os
-import shlex
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +14,7 @@ import numpy as np
 from medmim.datasets import get_preset
 from medmim.figures import curves_figure, save_figure, segmentation_figure
 from medmim.metrics import case_mean
-
-BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
+from tools.runner import read_rows, run_bundle
 
 
 def quickstart(output_dir: str = "quickstart", seed: int = 0) -> None:
@@ -42,7 +37,7 @@ def quickstart(output_dir: str = "quickstart", seed: int = 0) -> None:
 
     def run(step: str, bundle: str, configs: Sequence[str], folder: str, *options: object) -> None:
         where = ["--output_dir", out / folder, "--models_dir", out / folder / "models"]
-        _run_bundle(step, bundle, configs, [*common, *where, *options], out / folder / "log.txt")
+        run_bundle(step, bundle, configs, [*common, *where, *options], out / folder / "log.txt")
 
     train, demo, evaluate = "configs/train.yaml", "configs/demo.yaml", "configs/evaluate.yaml"
     run("1/6 pre-train a masked autoencoder, without labels", "mae_vit_pretraining", [train, demo], "pretraining")
@@ -56,7 +51,7 @@ def quickstart(output_dir: str = "quickstart", seed: int = 0) -> None:
         run(f"{number}/6 evaluate, {arm}", "unetr_segmentation", [train, demo, evaluate], arm)
 
     # the new scan is one of the validation cases, so that its label can be drawn beside the prediction
-    scores = {arm: _read_csv(out / arm / "scores.csv") for arm in ("pretrained", "scratch")}
+    scores = {arm: read_rows(out / arm / "scores.csv") for arm in ("pretrained", "scratch")}
     case = Path(scores["pretrained"][0]["case"]).name
     scan = out / "new_scan" / case
     scan.parent.mkdir(exist_ok=True)
@@ -64,7 +59,7 @@ def quickstart(output_dir: str = "quickstart", seed: int = 0) -> None:
     for arm in ("pretrained", "scratch"):
         options = ["--dataset_dir", scan.parent, "--models_dir", out / arm / "models"]
         options += ["--output_dir", out / "predictions" / arm]
-        _run_bundle(
+        run_bundle(
             f"6/6 predict a scan, {arm}",
             "unetr_segmentation",
             ["configs/inference.yaml"],
@@ -73,28 +68,6 @@ def quickstart(output_dir: str = "quickstart", seed: int = 0) -> None:
         )
     _draw(out, case)
     _report(out, scores, time.monotonic() - started)
-
-
-def _run_bundle(step: str, bundle: str, configs: Sequence[str], options: Sequence[object], log: Path) -> None:
-    """Start a bundle as a user would; its log goes to a file, its progress bars to the terminal."""
-    config_file = configs[0] if len(configs) == 1 else str(list(configs)).replace(" ", "")
-    arguments = ["-m", "monai.bundle", "run", "--config_file", config_file, *map(str, options)]
-    print(f"\n{step}\n  cd {os.path.relpath(BUNDLES / bundle)}\n  python {shlex.join(arguments)}", flush=True)
-    quiet = {"PYTHONWARNINGS": "ignore"} | ({} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"})
-    started = time.monotonic()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        result = subprocess.run(
-            [sys.executable, *arguments], cwd=BUNDLES / bundle, stdout=file, env={**os.environ, **quiet}, check=False
-        )
-    if result.returncode:
-        raise SystemExit(f"error: {step} failed with exit code {result.returncode}; its log is {log}")
-    print(f"  done in {time.monotonic() - started:.0f} s, log: {os.path.relpath(log)}", flush=True)
-
-
-def _read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def _draw(out: Path, case: str) -> None:
@@ -117,7 +90,7 @@ def _draw(out: Path, case: str) -> None:
     for title, column in (("training loss", "train_loss"), ("validation Dice", "mean_dice")):
         curves[title] = {
             arm: [
-                (float(row["epoch"]), float(row[column])) for row in _read_csv(out / arm / "scalars.csv") if row[column]
+                (float(row["epoch"]), float(row[column])) for row in read_rows(out / arm / "scalars.csv") if row[column]
             ]
             for arm in ("pretrained", "scratch")
         }

@@ -5,6 +5,8 @@ from monai.bundle import ConfigParser
 
 from tests.common import (
     BUNDLES,
+    CLASSIFICATION,
+    CONVVIT_CT,
     CONVVIT_UNETR,
     MAE,
     MAE_CXR,
@@ -33,6 +35,14 @@ def test_segmentation_bundles_differ_in_training_only(bundle: str, name: str) ->
     assert (TEMPLATES / bundle / name).read_text(encoding="utf-8") == f"{{% extends 'segmentation/{name}' %}}\n"
 
 
+@pytest.mark.parametrize("bundle", CLASSIFICATION)
+def test_classification_bundles_share_their_evaluation(bundle: str) -> None:
+    for name in ("train.yaml", "evaluate.yaml", "inference.yaml"):
+        text = (TEMPLATES / bundle / name).read_text(encoding="utf-8")
+        assert text.startswith(f"{{% extends 'classification/{name}' %}}\n")
+        assert "scores" not in text
+
+
 @pytest.mark.parametrize(
     ("pretraining", "segmentation"),
     [
@@ -42,6 +52,7 @@ def test_segmentation_bundles_differ_in_training_only(bundle: str, name: str) ->
         (SIMMIM_SWIN, SWIN_UNETR),
         (MIM, CONVVIT_UNETR),
         (MAE_CXR, VIT_CXR),
+        (MIM, CONVVIT_CT),
     ],
 )
 def test_encoders_of_the_demos_fit(pretraining: str, segmentation: str) -> None:

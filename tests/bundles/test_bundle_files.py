@@ -13,6 +13,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.config_item import ConfigComponent
 
 from tests.common import (
+    CONVVIT_CT,
     CONVVIT_UNETR,
     MAE,
     MAE_CXR,
@@ -145,6 +146,7 @@ TRAINED = {  # fixtures: folders that a training of each bundle has written
     SWIN_UNETR: "swin_from_scratch",
     MAE_CXR: "pretrained_cxr",
     VIT_CXR: "classified",
+    CONVVIT_CT: "classified_ct",
 }
 
 

@@ -18,13 +18,13 @@ import torch
 
 from tests.common import (
     BUNDLES,
+    CLASSIFICATION,
     MAE,
     OTHERS,
     PRETRAINING,
     TINY,
     TINY_OF,
     UNETR,
-    VIT_CXR,
     assert_same_end,
     rows,
 )
@@ -81,7 +81,9 @@ def test_killed_in_every_write(arguments: Callable, tmp_path: Path, bundle: str,
     """Every flush, every renaming and every half-written file of the second epoch after each start, or each third."""
     kills = [["fsync", n] for n in range(8, 24)] + [["replace", n] for n in range(4, 16)]
     kills += [["save", n] for n in range(3, 8)]
-    epochs = 60 // step * (3 if bundle == VIT_CXR else 1)  # which seldom writes a best model: more epochs for each kill
+    epochs = (
+        60 // step * (3 if bundle in CLASSIFICATION else 1)
+    )  # they seldom write a best model: more epochs for each kill
     kill_in_writes(bundle, lambda *args: arguments(*args, epochs=epochs), tmp_path, kills[::step])
 
 

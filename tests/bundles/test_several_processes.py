@@ -17,19 +17,19 @@ from monai.bundle import ConfigWorkflow
 
 from tests.common import (
     BUNDLES,
+    CLASSIFICATION,
     FILES,
     MAE,
     MAE_CXR,
     MIM,
     PRETRAINING,
-    RADIOGRAPHS,
     SIMCLR,
     SIMMIM_SWIN,
     SIMMIM_VIT,
     TINY,
     TINY_OF,
     UNETR,
-    VIT_CXR,
+    WHOLE,
     assert_same_end,
     every,
     rows,
@@ -59,7 +59,7 @@ SMALLER = {  # where TINY pads
 
 
 def knobs_of(bundle: str) -> dict[str, Any]:
-    return KNOBS if bundle in RADIOGRAPHS else KNOBS | {"crops_per_scan": 1}
+    return KNOBS if bundle in WHOLE else KNOBS | {"crops_per_scan": 1}
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_training_and_evaluation(start: Callable, run_bundle: Run, tmp_path: Pat
     smaller = SMALLER.get(bundle, {})
     output = finish(start(bundle, "train", "multi_gpu_train", folder=tmp_path / "two", batch_size=1, **smaller))
     run_bundle(bundle, "train", folder=tmp_path / "one", **knobs_of(bundle) | smaller | {"batch_size": 2})
-    metric = "val_loss" if bundle in PRETRAINING else "mean_auc" if bundle == VIT_CXR else "mean_dice"
+    metric = "val_loss" if bundle in PRETRAINING else "mean_auc" if bundle in CLASSIFICATION else "mean_dice"
     one, two = (rows(tmp_path / name / "output" / "scalars.csv") for name in ("one", "two"))
     assert len(one) == len(two) == 3
     for ours, theirs in zip(two, one, strict=True):
@@ -176,7 +176,7 @@ def test_evaluation_of_the_pretext_task(
 @every
 def test_accumulation_and_resume(start: Callable, run_bundle: Run, tmp_path: Path, bundle: str) -> None:
     knobs = {"accumulation_steps": 2, "batch_size": 1} | SMALLER.get(bundle, {})
-    knobs |= {} if bundle in RADIOGRAPHS else {"crops_per_scan": 2}
+    knobs |= {} if bundle in WHOLE else {"crops_per_scan": 2}
     configs = (bundle, "train", "multi_gpu_train")
     for name in ("undisturbed", "stopped"):
         finish(start(*configs, folder=tmp_path / name, **knobs))

@@ -34,6 +34,7 @@ NETWORKS = {
     "simmim_swin_pretraining": ("FeatureExtractor", SWIN_ENCODER),
     "mae_vit_cxr_pretraining": ("FeatureExtractor", VIT | {"spatial_dims": 2}),
     "vit_cxr_classification": ("ViTClassifier", VIT | {"spatial_dims": 2, "n_outputs": 2}),
+    "convvit_ct_classification": ("ConvViTClassifier", CONVVIT | {"n_outputs": 3}),
 }
 SIZES = {
     "mim_convvit_pretraining": {"img_size": [32, 32, 32]},
@@ -41,8 +42,11 @@ SIZES = {
     "swin_unetr_segmentation": {"img_size": [64, 32, 32]},
     "simmim_swin_pretraining": {"img_size": [64, 32, 32]},
     "mae_vit_cxr_pretraining": {"img_size": [32, 24], "patch_size": [8, 8], "num_layers": 2},
+    "convvit_ct_classification": {"img_size": [32, 32, 16]},
     "vit_cxr_classification": {"img_size": [32, 24], "patch_size": [8, 8], "num_layers": 2},
 }
+DATASETS = {"mae_vit_cxr_pretraining": "phantom_cxr", "vit_cxr_classification": "phantom_cxr"}
+DATASETS |= {"convvit_ct_classification": "phantom_ct"}
 Weights = Callable[..., Path]
 Exported = Callable[..., Path]
 
@@ -56,7 +60,7 @@ def weights(tmp_path: Path) -> Weights:
     ) -> Path:
         name, arguments = NETWORKS[bundle]
         sizes = sizes or SIZES.get(bundle, SMALL)
-        preset = get_preset("phantom_cxr" if "cxr" in bundle else dataset, spacing_factor)
+        preset = get_preset(DATASETS.get(bundle, dataset), spacing_factor)
         if name.endswith("UNETR"):
             arguments = arguments | {"out_channels": preset.n_classes}
         torch.manual_seed(0)
@@ -66,7 +70,8 @@ def weights(tmp_path: Path) -> Weights:
         folder = tmp_path / "trained" / bundle
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(network.state_dict(), folder / "model.pt")
-        thresholds = {"thresholds": {"effusion": 0.3, "nodule": 0.6}} if name == "ViTClassifier" else {}
+        classes = [] if preset.classification is None else preset.classification.outputs
+        thresholds = {"thresholds": dict.fromkeys(classes, 0.4)} if name.endswith("Classifier") else {}
         write_description(describe(network, sizes["img_size"], preset) | thresholds, folder / "model.json")
         if name == "FeatureExtractor":
             save_encoder(folder / "encoder.pt", find_encoder(network), sizes["img_size"], preset)

@@ -21,7 +21,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, create_workf
 from monai.bundle.properties import InferProperties, MetaProperties
 from monai.utils import set_determinism
 
-from tests.common import MAE, OTHERS, UNETR, VIT_CXR, rows
+from tests.common import CLASSIFICATION, MAE, OTHERS, UNETR, VIT_CXR, WHOLE, rows
 from tools.export import export
 
 BUNDLES = [MAE, UNETR, VIT_CXR, *[pytest.param(name, marks=pytest.mark.slow) for name in OTHERS if name != VIT_CXR]]
@@ -153,14 +153,13 @@ def run(config_files: list[Path], kind: str, **knobs: Any) -> None:
 
 
 def test_properties_and_runs(folder: Path, data_of: Callable, tmp_path: Path) -> None:
-    radiographs = "cxr" in folder.name
     data = Path(data_of(folder.name)["dataset_dir"])
     knobs = {"bundle_root": str(folder), "dataset_dir": str(data), "output_dir": str(tmp_path / "output")}
     train, evaluate, inference = (
         folder / "configs" / name for name in ("train.json", "evaluate.yaml", "inference.json")
     )
     small = {"epochs": 1, "warmup_epochs": 0, "batch_size": 2, "val_interval": 1}
-    small |= {} if radiographs else {"crops_per_scan": 1}
+    small |= {} if folder.name in WHOLE else {"crops_per_scan": 1}
     if "pretraining" in folder.name and "simclr" not in folder.name:
         small |= {"decoder_hidden_size": 24, "decoder_num_layers": 1, "decoder_num_heads": 4}
     if folder.name.startswith("mim"):
@@ -169,9 +168,9 @@ def test_properties_and_runs(folder: Path, data_of: Callable, tmp_path: Path) ->
     run([train], "train", **knobs, **small)
     assert (folder / "models" / "model.pt").read_bytes() != before
     run([train, evaluate], "train", **knobs, **small)
-    images = data / ("images" if radiographs else "imagesTr")
+    images = data / ("images" if folder.name in WHOLE else "imagesTr")
     run([inference], "infer", **knobs | {"dataset_dir": str(images)})
-    if folder.name == "vit_cxr_classification":
+    if folder.name in CLASSIFICATION:
         assert len(rows(tmp_path / "output" / "probabilities.csv")) == len(list(images.iterdir()))
     else:
         assert len(list((tmp_path / "output").glob("*.nii.gz"))) == len(list(images.iterdir()))

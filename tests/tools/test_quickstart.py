@@ -22,7 +22,7 @@ def test_quickstart_leaves_what_it_promises(tmp_path, capsys):
 
 
 def test_a_failing_step_ends_with_its_log(tmp_path, monkeypatch):
-    monkeypatch.setattr("tools.quickstart.BUNDLES", tmp_path)
+    monkeypatch.setattr("tools.runner.BUNDLES", tmp_path)
     (tmp_path / "mae_vit_pretraining").mkdir()
     with pytest.raises(SystemExit, match=r"1/6 pre-train.* failed with exit code 1; its log is .*log\.txt"):
         quickstart(str(tmp_path / "out"))
