@@ -164,10 +164,6 @@ class ConvViT(nn.Module):
             latent = latent + nn.functional.linear(positions.flatten(2), weight, convolution.bias)
         return self.norm(latent)
 
-    def tokens(self, image: Tensor) -> Tensor:
-        """All tokens ``(B, N, embed_dims[3])`` as the last block leaves them, neither fused nor normed."""
-        return self._compute(image, self.all_tokens(image))[-1]
-
     def feature_maps(self, image: Tensor) -> list[Tensor]:
         """Maps of all stages ``(B, F, *spatial / 2^k)``, k = 1 … 4, and of the fifth stage if it was built."""
         grid = self.grid(image)

@@ -10,12 +10,12 @@ from medmim.networks.convvit import ConvViT
 
 
 class ConvViTClassifier(nn.Module):
-    """``ConvViT`` with a linear head on the normed mean of its tokens.
+    """``ConvViT`` with a linear head on the mean of its normed latents.
 
-    Zhuang et al., "MiM" (TMI 2025, arXiv 2404.15580), fine-tune their encoder on chest CT like this, as Gao et al.,
-    "MCMAE" (NeurIPS 2022), do on photographs: the last block's tokens, to which the convolutional stages are not added,
-    are averaged first and normed then. Norm and head start anew. Any image size goes in that 16 divides, anisotropic
-    ones too, such as 384 x 384 x 32 voxels.
+    Zhuang et al., "MiM" (TMI 2025, arXiv 2404.15580), fine-tune their encoder for a diagnosis from chest CT. The
+    latents are those of pre-training, with the convolutional stages added, whose mean MiM aligns between levels: each
+    pre-trained tensor is used, and only the head starts anew. (Without the convolutional stages a small network learned
+    much more slowly.) Any image size goes in that 16 divides, anisotropic ones too, such as 384 x 384 x 32 voxels.
 
     Args:
         in_channels: of the image.
@@ -49,18 +49,16 @@ class ConvViTClassifier(nn.Module):
             embed_dims=embed_dims,
             depths=depths,
             num_heads=num_heads,
-            fusion=False,
             fifth_stage=False,
             layer_scale=layer_scale,
             relative_position_bias=relative_position_bias,
             img_size=img_size,
             drop_path_rate=drop_path_rate,
         )
-        self.norm = nn.LayerNorm(embed_dims[-1], eps=1e-6)
         self.head = nn.Linear(embed_dims[-1], n_outputs)
         nn.init.trunc_normal_(self.head.weight, std=0.02)  # about equal probabilities at the start
         nn.init.zeros_(self.head.bias)
 
     def forward(self, image: Tensor) -> Tensor:
         """``(B, in_channels, *spatial)``, each axis divisible by 16, to logits ``(B, n_outputs)``."""
-        return self.head(self.norm(self.encoder.tokens(image).mean(dim=1)))
+        return self.head(self.encoder.encode(image).mean(dim=1))
