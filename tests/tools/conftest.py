@@ -58,7 +58,7 @@ def weights(tmp_path: Path) -> Weights:
         sizes = sizes or SIZES.get(bundle, SMALL)
         preset = get_preset("phantom_cxr" if "cxr" in bundle else dataset, spacing_factor)
         if name.endswith("UNETR"):
-            arguments = arguments | {"out_channels": preset.n_classes}
+            arguments = arguments | {"out_channels": preset.n_outputs}
         torch.manual_seed(0)
         network = build_network({"network": {"name": name, "arguments": arguments | sizes}})
         for parameter in network.parameters():  # position embeddings and biases too, so that each tensor counts
