@@ -15,13 +15,14 @@ BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
 MAE, UNETR = "mae_vit_pretraining", "unetr_segmentation"
 CONVVIT_UNETR = "convvit_unetr_segmentation"
 SWIN_UNETR = "swin_unetr_segmentation"
+BRAIN = "unetr_brain_tumor_segmentation"
 MIM = "mim_convvit_pretraining"
 SIMMIM_VIT, SIMMIM_SWIN = "simmim_vit_pretraining", "simmim_swin_pretraining"
 SIMCLR = "simclr_vit_pretraining"
 MAE_CXR, VIT_CXR = "mae_vit_cxr_pretraining", "vit_cxr_classification"
 RADIOGRAPHS = (MAE_CXR, VIT_CXR)
 PRETRAINING = (MAE, MAE_CXR, MIM, SIMCLR, SIMMIM_VIT, SIMMIM_SWIN)
-OTHERS = (MIM, SIMCLR, SIMMIM_VIT, SIMMIM_SWIN, CONVVIT_UNETR, SWIN_UNETR, MAE_CXR, VIT_CXR)  # run by the slow tests
+OTHERS = (MIM, SIMCLR, SIMMIM_VIT, SIMMIM_SWIN, CONVVIT_UNETR, SWIN_UNETR, BRAIN, MAE_CXR, VIT_CXR)  # slow
 both = pytest.mark.parametrize("bundle", [MAE, UNETR])
 slow_ones = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
 every = pytest.mark.parametrize("bundle", [MAE, UNETR, *slow_ones])
@@ -70,6 +71,7 @@ TINY_OF = {
         "crops_per_scan": 1,
         "overlap": 0.25,
     },
+    BRAIN: TINY_VIT | {"feature_size": 4, "overlap": 0.25},
     MAE_CXR: TINY_2D | {"decoder_hidden_size": 24, "decoder_num_layers": 1, "decoder_num_heads": 4},
     VIT_CXR: TINY_2D | {"drop_path_rate": 0.0},
     SIMCLR: TINY_VIT | {"projector_hidden_size": 24, "projector_out_size": 16},
@@ -106,6 +108,7 @@ FILES = {  # that travel
     UNETR: ["model.pt", "model.json"],
     CONVVIT_UNETR: ["model.pt", "model.json"],
     SWIN_UNETR: ["model.pt", "model.json"],
+    BRAIN: ["model.pt", "model.json"],
     MIM: ["encoder.pt", "model.pt", "model.json"],
     SIMMIM_VIT: ["encoder.pt", "model.pt", "model.json"],
     SIMMIM_SWIN: ["encoder.pt", "model.pt", "model.json"],

@@ -233,10 +233,11 @@ def _absolute(item: Item, root: Path) -> Item:
 
 def _check_files(items: list[Item], labelled: bool) -> None:
     missing = []
-    times = Counter(str(item["image"]) for item in items)
+    times = Counter(item["image"] if isinstance(item["image"], str) else tuple(item["image"]) for item in items)
     twice = [name for name, count in times.items() if count > 1]
     if twice:
-        raise ValueError(f"{twice[0]}: listed {times[twice[0]]} times, {len(twice)} scans in all: list each scan once")
+        name = twice[0] if isinstance(twice[0], str) else twice[0][0]
+        raise ValueError(f"{name}: listed {times[twice[0]]} times, {len(twice)} scans in all: list each scan once")
     for item in items:
         images = [item["image"]] if isinstance(item["image"], str) else item["image"]
         missing += [f"{path}: no such file" for path in images if not Path(path).is_file()]
