@@ -15,6 +15,7 @@ BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
 MAE, UNETR = "mae_vit_pretraining", "unetr_segmentation"
 CONVVIT_UNETR = "convvit_unetr_segmentation"
 SWIN_UNETR = "swin_unetr_segmentation"
+BRAIN = "unetr_brain_tumor_segmentation"
 MIM = "mim_convvit_pretraining"
 SIMMIM_VIT, SIMMIM_SWIN = "simmim_vit_pretraining", "simmim_swin_pretraining"
 SIMCLR = "simclr_vit_pretraining"
@@ -24,7 +25,7 @@ RADIOGRAPHS = (MAE_CXR, VIT_CXR)
 CLASSIFICATION = (VIT_CXR, CONVVIT_CT)
 WHOLE = (*RADIOGRAPHS, CONVVIT_CT)  # see an image at once, without crops
 PRETRAINING = (MAE, MAE_CXR, MIM, SIMCLR, SIMMIM_VIT, SIMMIM_SWIN)
-OTHERS = (MIM, SIMCLR, SIMMIM_VIT, SIMMIM_SWIN, CONVVIT_UNETR, SWIN_UNETR, MAE_CXR)
+OTHERS = (MIM, SIMCLR, SIMMIM_VIT, SIMMIM_SWIN, CONVVIT_UNETR, SWIN_UNETR, BRAIN, MAE_CXR)
 OTHERS += CLASSIFICATION  # run by the slow tests
 both = pytest.mark.parametrize("bundle", [MAE, UNETR])
 slow_ones = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
@@ -74,6 +75,7 @@ TINY_OF = {
         "crops_per_scan": 1,
         "overlap": 0.25,
     },
+    BRAIN: TINY_VIT | {"feature_size": 4, "overlap": 0.25},
     MAE_CXR: TINY_2D | {"decoder_hidden_size": 24, "decoder_num_layers": 1, "decoder_num_heads": 4},
     VIT_CXR: TINY_2D | {"drop_path_rate": 0.0},
     CONVVIT_CT: {
@@ -118,6 +120,7 @@ FILES = {  # that travel
     UNETR: ["model.pt", "model.json"],
     CONVVIT_UNETR: ["model.pt", "model.json"],
     SWIN_UNETR: ["model.pt", "model.json"],
+    BRAIN: ["model.pt", "model.json"],
     MIM: ["encoder.pt", "model.pt", "model.json"],
     SIMMIM_VIT: ["encoder.pt", "model.pt", "model.json"],
     SIMMIM_SWIN: ["encoder.pt", "model.pt", "model.json"],

@@ -16,9 +16,10 @@ from monai.utils import set_determinism
 
 from medmim.datasets import Preset, get_preset
 from medmim.phantom import write_phantom
+from medmim.phantom_brain import write_phantom_brain
 from medmim.phantom_lesions import write_phantom_lesions
 from medmim.phantom_radiographs import write_phantom_radiographs
-from tests.common import BUNDLES, CONVVIT_CT, RADIOGRAPHS, TINY, TINY_OF
+from tests.common import BRAIN, BUNDLES, CONVVIT_CT, RADIOGRAPHS, TINY, TINY_OF
 
 N_CASES = 6  # fold 0 of 5: four for training, two for validation
 COARSE_PRESET = """\
@@ -30,6 +31,17 @@ roi_size: [16, 24, 16]
 patch_size: 8
 labels: {1: liver, 2: spleen, 3: left kidney, 4: right kidney, 5: spine}
 surface_tolerance: 8.0
+"""
+COARSE_HEADS = """\
+channels: [FLAIR, T1, T1c, T2]
+spacing: [6.0, 6.0, 6.0]
+z_score: nonzero
+crop_foreground: true
+roi_size: [16, 24, 16]
+patch_size: 8
+labels: {1: edema, 2: non-enhancing tumour, 3: enhancing tumour}
+regions: {whole tumour: [1, 2, 3], tumour core: [2, 3], enhancing tumour: [3]}
+surface_tolerance: 6.0
 """
 
 
@@ -77,6 +89,22 @@ def coarse_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def heads_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Synthetic heads of four channels with a tumour, six cases; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("heads")
+    write_phantom_brain(folder, N_CASES)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def coarse_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A preset file of one's own: the heads at 6 mm."""
+    path = tmp_path_factory.mktemp("presets") / "heads.yaml"
+    path.write_text(COARSE_HEADS)
+    return path
+
+
+@pytest.fixture(scope="session")
 def radiographs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Synthetic radiographs, 19 patients, 22 images for training in fold 0; not to be changed by a test."""
     folder = tmp_path_factory.mktemp("radiographs")
@@ -93,16 +121,17 @@ def lesions_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def data_of(
-    phantom_dir: Path, coarse_preset: Path, radiographs_dir: Path, lesions_dir: Path
-) -> Callable[[str], dict[str, str]]:
+def data_of(request: pytest.FixtureRequest, phantom_dir: Path, coarse_preset: Path) -> Callable[[str], dict[str, str]]:
     """The knobs ``dataset`` and ``dataset_dir`` that suit a bundle."""
 
     def knobs(bundle: str) -> dict[str, str]:
+        if bundle == BRAIN:
+            heads, preset = map(request.getfixturevalue, ("heads_dir", "coarse_heads"))
+            return {"dataset": str(preset), "dataset_dir": str(heads)}
         if bundle in RADIOGRAPHS:
-            return {"dataset": "phantom_cxr", "dataset_dir": str(radiographs_dir)}
+            return {"dataset": "phantom_cxr", "dataset_dir": str(request.getfixturevalue("radiographs_dir"))}
         if bundle == CONVVIT_CT:
-            return {"dataset": "phantom_ct", "dataset_dir": str(lesions_dir)}
+            return {"dataset": "phantom_ct", "dataset_dir": str(request.getfixturevalue("lesions_dir"))}
         return {"dataset": str(coarse_preset), "dataset_dir": str(phantom_dir)}
 
     return knobs
@@ -237,6 +266,14 @@ def swin_from_scratch(run_bundle: Callable[..., ConfigWorkflow], tmp_path_factor
     folder = tmp_path_factory.mktemp("swin_from_scratch")
     knobs = {"epochs": 8, "learning_rate": 0.005, "val_interval": 4, "overlap": 0.0}
     run_bundle("swin_unetr_segmentation", "train", folder=folder, **knobs)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def brain_from_scratch(run_bundle: Callable[..., ConfigWorkflow], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a short training of ``unetr_brain_tumor_segmentation``; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("brain_from_scratch")
+    run_bundle(BRAIN, "train", folder=folder, epochs=8, learning_rate=0.02, val_interval=8)
     return folder
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from medmim.version import __version__
 from tests.common import (
+    BRAIN,
     CLASSIFICATION,
     CONVVIT_CT,
     CONVVIT_UNETR,
@@ -57,6 +58,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     SIMCLR: SMALL | VIT | {"projector_hidden_size": 24, "phantom_cases": 6},  # a validation of one pair is none
     CONVVIT_UNETR: SMALL | CONVVIT | SCORED,
     SWIN_UNETR: SMALL | SWIN | SCORED,
+    BRAIN: SMALL | VIT | SCORED | {"feature_size": 4, "num_layers": 4},
     SIMMIM_VIT: SMALL | VIT,
     SIMMIM_SWIN: SMALL | SWIN,
     MAE_CXR: IMAGES | VIT | {"decoder_hidden_size": 24, "decoder_num_layers": 1},
@@ -151,7 +153,7 @@ def test_train_evaluate_infer(bundle: str, python: str, unzipped: Callable[..., 
     call([*run, *configs(mine, *demo, "evaluate.yaml"), *options(**KNOBS[bundle])])
 
     data = mine / "output" / ("phantom_radiographs" if bundle in RADIOGRAPHS else "phantom")
-    if bundle in (UNETR, CONVVIT_UNETR, SWIN_UNETR, *CLASSIFICATION):
+    if bundle in (UNETR, BRAIN, CONVVIT_UNETR, SWIN_UNETR, *CLASSIFICATION):
         scores = "scores_validation/scores.csv" if bundle in CLASSIFICATION else "scores.csv"
         assert (mine / "output" / scores).stat().st_size > 0
         # train.json has the knobs of the weights as defaults
@@ -245,8 +247,8 @@ def test_bundle_commands(bundle: str, python: str, unzipped: Callable[..., Path]
     compare = """
 import json, numpy, onnx, torch
 from onnx.reference import ReferenceEvaluator
-shape = json.load(open("configs/metadata.json"))["network_data_format"]["inputs"]["image"]["spatial_shape"]
-image = torch.rand(1, 1, *shape)
+about = json.load(open("configs/metadata.json"))["network_data_format"]["inputs"]["image"]
+image = torch.rand(1, about["num_channels"], *about["spatial_shape"])
 script = torch.jit.load("models/model.ts")
 from monai.bundle import load
 network = load(".", bundle_dir=".", workflow_type="inference").eval()

@@ -21,6 +21,7 @@ from medmim.commands import ends_plainly
 from medmim.datasets import Preset, preset_table
 
 BUNDLE = "convvit_unetr_segmentation"
+BUNDLE_OF_REGIONS = "unetr_brain_tumor_segmentation"
 
 
 @ends_plainly
@@ -145,8 +146,9 @@ def what_next(name: str, folder: Path) -> str:
     citation = "" if preset is None else f"cite:    {preset.citation}\n"
     dataset = "my_preset.yaml" if preset is None else preset.name
     own = "There is no preset for it: write one of your own (README, Your own scans).\n" if preset is None else ""
+    bundle = BUNDLE if preset is None or not preset.regions else BUNDLE_OF_REGIONS
     train = f"python -m monai.bundle run --config_file configs/train.yaml --dataset {dataset}"
     return (
         f"licence: {licence}\n{citation}\n{own}Train next:\n"
-        f"  cd bundles/{BUNDLE}\n  {train} --dataset_dir {folder.resolve()}"
+        f"  cd bundles/{bundle}\n  {train} --dataset_dir {folder.resolve()}"
     )

@@ -50,7 +50,7 @@ def make_metadata(folder: Path, description: dict[str, Any] | None, licenses: di
         "channel_def": {str(number): name for number, name in enumerate(preset.channels)},
     }
     if pred["pred"]["format"] == "segmentation":
-        names = {0: "background"} | preset.labels
+        names = dict(enumerate(preset.regions)) if preset.regions else {0: "background"} | preset.labels
         classes = {str(value): names.get(value, "unused") for value in range(arguments["out_channels"])}
         pred["pred"] |= {"num_channels": len(classes), "spatial_shape": size, "channel_def": classes}
     elif preset.classification is not None and pred["pred"]["format"] == "logits":

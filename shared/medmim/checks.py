@@ -18,7 +18,7 @@ import torch
 from monai.utils import ensure_tuple_rep
 
 from medmim.datalists import find_items
-from medmim.datasets import Preset, get_preset
+from medmim.datasets import Preset, channel_file_faults, get_preset
 from medmim.description import read_description, read_preset
 from medmim.encoders import KINDS
 from medmim.folders import check_writable, writable_faults
@@ -253,7 +253,9 @@ def check_encoder(
         raise ValueError("\n".join(faults))
 
 
-def check_inference(models_dir: str, dataset_dir: str, output_dir: str, read_scans: bool = True) -> None:
+def check_inference(
+    models_dir: str, dataset_dir: str, output_dir: str, read_scans: bool = True, channel_files: Any = ()
+) -> None:
     """Check model, output folder and scans of a prediction run.
 
     Args:
@@ -261,6 +263,7 @@ def check_inference(models_dir: str, dataset_dir: str, output_dir: str, read_sca
         dataset_dir: folder with NIfTI files.
         output_dir: folder that must be writable; it is made.
         read_scans: whether to read each scan.
+        channel_files: endings of the names of each channel's files, where they are files of their own.
 
     Raises:
         ValueError: one line for each fault.
@@ -268,14 +271,19 @@ def check_inference(models_dir: str, dataset_dir: str, output_dir: str, read_sca
     description = read_description(Path(models_dir) / "model.json")
     if Path(output_dir).resolve() == Path(dataset_dir).resolve():
         raise ValueError(f"--output_dir {output_dir}: the folder of the scans: choose another for the results")
+    preset = read_preset(description)
+    faults = channel_file_faults(channel_files, preset.channels)
+    if faults:
+        raise ValueError(f"--channel_files {channel_files}: {faults[0]}")
     check_writable(output_dir, results=True)
-    items = find_items(dataset_dir)
-    twice = [name for name, count in Counter(_stem(item["image"]) for item in items).items() if count > 1]
+    items = find_items(dataset_dir, channel_files)
+    files = [item["image"] if isinstance(item["image"], str) else item["image"][0] for item in items]
+    twice = [name for name, count in Counter(map(_stem, files)).items() if count > 1]
     if twice:
         raise ValueError(f"{twice[0]}.nii and {twice[0]}.nii.gz would write the same result: keep one of them")
     logger.info(f"{len(items)} scans from {dataset_dir}")
     if read_scans:
-        check_scans(items, read_preset(description), roi_size=description["network"]["arguments"]["img_size"])
+        check_scans(items, preset, roi_size=description["network"]["arguments"]["img_size"])
 
 
 def check_same_dataset(dataset: Any, description: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from medmim import (
     networks,
     optim,
     phantom,
+    phantom_brain,
     phantom_lesions,
     phantom_radiographs,
     radiograph_checks,
@@ -180,6 +181,14 @@ def write_phantom(folder: str, n_cases: int) -> None:
     """:func:`medmim.phantom.write_phantom`, by one process for all."""
     if idist.get_rank() == 0:
         ends_plainly(phantom.write_phantom)(folder, n_cases)
+    if idist.get_world_size() > 1:
+        idist.barrier()
+
+
+def write_phantom_brain(folder: str, n_cases: int) -> None:
+    """:func:`medmim.phantom_brain.write_phantom_brain`, by one process for all."""
+    if idist.get_rank() == 0:
+        ends_plainly(phantom_brain.write_phantom_brain)(folder, n_cases)
     if idist.get_world_size() > 1:
         idist.barrier()
 

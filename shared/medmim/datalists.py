@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from medmim.channel_files import group_channels
+from medmim.datasets import Preset
 from medmim.folders import visible_files
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,8 @@ Item = dict[str, Any]
 
 @dataclass(frozen=True)
 class Datalist:
-    """Scans for training and validation, each ``{"image": path}`` or ``{"image": path, "label": path}``.
+    """Scans for training and validation, each ``{"image": path}`` or ``{"image": path, "label": path}``; a list of
+    paths holds a channel each.
 
     Radiographs have a list of numbers as label, perhaps a ``patient``, and perhaps images for testing.
     """
@@ -56,9 +59,21 @@ def find_scans(folder: str | Path) -> list[Path]:
     return scans
 
 
-def find_items(folder: str | Path) -> list[Item]:
-    """Every scan below a folder as ``{"image": path}``; see :func:`find_scans`."""
-    return [{"image": str(path)} for path in find_scans(folder)]
+def find_items(folder: str | Path, channel_files: Sequence[str] = ()) -> list[Item]:
+    """Every scan below a folder as ``{"image": path}``; see :func:`find_scans`.
+
+    Args:
+        folder: of the scans.
+        channel_files: endings of names where each channel is a file of its own, which gives ``{"image": [path, ...]}``;
+            see :func:`medmim.channel_files.group_channels`.
+
+    Raises:
+        ValueError: when there is none, or a case lacks a channel.
+    """
+    scans = find_scans(folder)
+    if channel_files:
+        return group_channels(scans, channel_files, Path(folder))
+    return [{"image": str(path)} for path in scans]
 
 
 def load_datalist(
@@ -70,11 +85,14 @@ def load_datalist(
     label_fraction: float = 1.0,
     split_seed: int = 0,
     test_fold: int | None = None,
+    preset: Preset | None = None,
 ) -> Datalist:
     """Scans of a data set, split into training and validation.
 
     The list comes from ``datalist`` if given, else from ``dataset_dir/dataset.json``, else from the folder itself:
     ``imagesTr`` with labels of the same names in ``labelsTr``, or any NIfTI file below when no labels are asked for.
+    Where the preset says that each channel is a file of its own, the files below are grouped into cases, and labels
+    found by their names (:func:`medmim.channel_files.group_channels`).
     A list that names its own ``validation`` scans, or a ``fold`` for each scan, is split as it says; any other is
     shuffled with ``split_seed`` and dealt into ``folds`` parts, of which part ``fold`` is for validation. Splits
     depend on the names of the files only.
@@ -88,6 +106,7 @@ def load_datalist(
         label_fraction: share of the training scans to keep, rounded up; smaller shares are subsets of larger ones.
         split_seed: seed of the shuffle.
         test_fold: which part is left out for testing; ``None`` for none.
+        preset: whose ``channel_files`` and ``label_file`` count when there is no list.
 
     Raises:
         ValueError: one line that names the file or knob.
@@ -101,7 +120,7 @@ def load_datalist(
     root = Path(dataset_dir)
     if not root.is_dir():
         raise ValueError(f"--dataset_dir {root}: no such folder")
-    items, validation = _read(root, Path(datalist) if datalist else None, labelled)
+    items, validation = _read(root, Path(datalist) if datalist else None, labelled, preset)
     if not labelled:
         items = [{key: value for key, value in item.items() if key != "label"} for item in items]
         validation = [{key: value for key, value in item.items() if key != "label"} for item in validation]
@@ -143,7 +162,7 @@ def _fold_of(item: Item) -> int:
         raise ValueError(f"{item['image']}: its fold is {item.get('fold')!r}: number each scan, or none") from None
 
 
-def _read(root: Path, datalist: Path | None, labelled: bool) -> tuple[list[Item], list[Item]]:
+def _read(root: Path, datalist: Path | None, labelled: bool, preset: Preset | None) -> tuple[list[Item], list[Item]]:
     """Items for training (to be split) and for validation (when the list names them)."""
     if datalist is not None:
         if not datalist.is_file():
@@ -153,7 +172,12 @@ def _read(root: Path, datalist: Path | None, labelled: bool) -> tuple[list[Item]
         return _read_decathlon(datalist, root, labelled)
     if (root / "dataset.json").is_file():
         return _read_decathlon(root / "dataset.json", root, labelled)
-    if (root / "imagesTr").is_dir() and (root / "labelsTr").is_dir():
+    is_decathlon = (root / "imagesTr").is_dir() and (root / "labelsTr").is_dir()
+    if preset is not None and preset.channel_files:
+        folder = root / "imagesTr" if is_decathlon else root
+        ending = preset.label_file if labelled else None
+        return group_channels(find_scans(folder), preset.channel_files, folder, ending), []
+    if is_decathlon:
         return _read_pairs(root), []
     if labelled:
         raise ValueError(
@@ -213,10 +237,11 @@ def _absolute(item: Item, root: Path) -> Item:
 
 def _check_files(items: list[Item], labelled: bool) -> None:
     missing = []
-    times = Counter(str(item["image"]) for item in items)
+    times = Counter(item["image"] if isinstance(item["image"], str) else tuple(item["image"]) for item in items)
     twice = [name for name, count in times.items() if count > 1]
     if twice:
-        raise ValueError(f"{twice[0]}: listed {times[twice[0]]} times, {len(twice)} scans in all: list each scan once")
+        name = twice[0] if isinstance(twice[0], str) else twice[0][0]
+        raise ValueError(f"{name}: listed {times[twice[0]]} times, {len(twice)} scans in all: list each scan once")
     for item in items:
         images = [item["image"]] if isinstance(item["image"], str) else item["image"]
         missing += [f"{path}: no such file" for path in images if not Path(path).is_file()]

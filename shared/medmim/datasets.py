@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from importlib.resources import files
@@ -25,6 +25,8 @@ class Preset:
     description: str
     modality: str
     channels: tuple[str, ...]
+    channel_files: tuple[str, ...]
+    label_file: str
     spacing: tuple[float, ...] | None
     window: tuple[float, float] | None
     z_score: str | None
@@ -36,6 +38,7 @@ class Preset:
     crop_ratio: tuple[int, int]
     labels: dict[int, str]
     label_map: dict[int, int]
+    regions: dict[str, list[int]]
     surface_tolerance: float
     classification: Classification | None
     license: str
@@ -57,12 +60,15 @@ class Preset:
             faults = _faults(body)
         if faults:
             raise ValueError(f"preset {name}: {'; '.join(sorted(faults))}")
-        for key in ("channels", "roi_size", "spacing", "window", "crop_ratio"):
+        for key in ("channels", "channel_files", "roi_size", "spacing", "window", "crop_ratio"):
             body[key] = None if body[key] is None else tuple(body[key])
         if body["classification"] is not None:
             body["classification"] = Classification.from_dict(body["classification"])
         body["labels"] = {int(value): label for value, label in body["labels"].items()}
         body["label_map"] = {int(value): meant for value, meant in body["label_map"].items()}
+        # from the largest, so that the order in a file, which equality would not see, means nothing
+        by_size = sorted(body["regions"].items(), key=lambda entry: -len(set(entry[1])))
+        body["regions"] = {region: sorted(set(values)) for region, values in by_size}
         return cls(name=name, **body)
 
     @property
@@ -77,8 +83,13 @@ class Preset:
 
     @property
     def n_classes(self) -> int:
-        """Output channels of a segmentation network, background included."""
+        """Classes, background included: one more than the largest value."""
         return max(self.label_values) + 1
+
+    @property
+    def n_outputs(self) -> int:
+        """Output channels of a segmentation network: one for each region, or for each class."""
+        return len(self.regions) or self.n_classes
 
     @property
     def pixdim(self) -> tuple[float, ...]:
@@ -88,6 +99,7 @@ class Preset:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in a description file."""
         body = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        del body["classification"]
         if self.classification is not None:
             body["classification"] = self.classification.to_dict()
         return {key: value for key, value in body.items() if value or key not in _LEFT_OUT}
@@ -96,6 +108,8 @@ class Preset:
 _DEFAULTS: dict[str, Any] = {
     "description": "",
     "modality": "",
+    "channel_files": (),
+    "label_file": "",
     "spacing": None,
     "window": None,
     "z_score": None,
@@ -105,6 +119,7 @@ _DEFAULTS: dict[str, Any] = {
     "crop_ratio": (1, 1),
     "labels": {},
     "label_map": {},
+    "regions": {},
     "surface_tolerance": 1.0,
     "classification": None,
     "license": "unknown",
@@ -112,7 +127,8 @@ _DEFAULTS: dict[str, Any] = {
     "source": "",
 }
 
-_LEFT_OUT = ("min_max", "classification")  # of a description, where they say nothing
+# of a description, where they say nothing: a preset without says the same as before there were such fields
+_LEFT_OUT = ("channel_files", "label_file", "min_max", "regions")
 
 
 def _faults(body: Mapping[str, Any]) -> list[str]:
@@ -146,12 +162,31 @@ def _faults(body: Mapping[str, Any]) -> list[str]:
     names = body["channels"]
     if not isinstance(names, list | tuple) or not names or any(not isinstance(name, str) for name in names):
         faults.append(f"channels must be a list of names, found {names!r}")
+    else:
+        faults += channel_file_faults(body["channel_files"], names)
+    if not isinstance(body["label_file"], str):
+        faults.append(f"label_file must be the ending of a name, such as _seg, found {body['label_file']!r}")
     if body["classification"] is not None:
         try:
             Classification.from_dict(body["classification"])
         except ValueError as error:
             faults.append(str(error))
-    return faults + (_label_faults(body["labels"]) or _label_map_faults(body["label_map"], body["labels"]))
+    of_labels = _label_faults(body["labels"])
+    if not of_labels:
+        of_labels = _label_map_faults(body["label_map"], body["labels"])
+        of_labels += _region_faults(body["regions"], set(map(int, body["labels"])))
+    return faults + of_labels
+
+
+def channel_file_faults(endings: Any, channels: Collection[str]) -> list[str]:
+    """What is wrong with the endings of the channels' files; without any, a file holds all channels."""
+    if not isinstance(endings, list | tuple) or any(not isinstance(ending, str) or not ending for ending in endings):
+        return [f"channel_files must be a list of endings of names, such as [_t1, _t2], found {endings!r}"]
+    if endings and len(endings) != len(channels):
+        return [f"channel_files must give an ending for each of {len(channels)} channels, found {list(endings)}"]
+    if len(set(endings)) < len(endings):
+        return [f"channel_files must differ, found {list(endings)}"]
+    return []
 
 
 def _label_faults(labels: Any) -> list[str]:
@@ -172,6 +207,33 @@ def _label_map_faults(label_map: Any, labels: Mapping[Any, str]) -> list[str]:
     for value, other in label_map.items():
         if not _is_whole(other) or other not in meant:
             return [f"label_map must map to 0 or a value of labels, found {value!r}: {other!r}"]
+    return []
+
+
+def _region_faults(regions: Any, values: set[int]) -> list[str]:
+    """Regions from which a label map can be made again: a chain in which each has one value more than the next."""
+    if not isinstance(regions, Mapping) or any(
+        not isinstance(name, str)
+        or not isinstance(inside, list | tuple)
+        or not inside
+        or not all(map(_is_whole, inside))
+        for name, inside in regions.items()
+    ):
+        return [f"regions must map names to lists of values of labels, {{core: [2, 3]}}, found {regions!r}"]
+    unknown = [f"{value} of {name}" for name, inside in regions.items() for value in inside if value not in values]
+    if unknown:
+        return [f"regions must hold values of labels ({sorted(values)}), found {', '.join(unknown)}"]
+    chain = sorted(((set(inside), name) for name, inside in regions.items()), key=lambda entry: len(entry[0]))
+    smaller: set[int] = set()
+    for number, (inside, name) in enumerate(chain, start=1):
+        if len(inside) != number or not smaller < inside:
+            return [
+                "regions must lie in each other, the smallest of one value and each larger one of one more, found "
+                f"{name}: {sorted(inside)} {f'around {sorted(smaller)}' if smaller else 'as the smallest'}"
+            ]
+        smaller = inside
+    if regions and smaller != values:
+        return [f"regions must hold each value of labels, found none with {sorted(values - smaller)}"]
     return []
 
 

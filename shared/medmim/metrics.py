@@ -16,6 +16,9 @@ from monai.data.utils import affine_to_spacing
 from monai.handlers import from_engine
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 
+from medmim.transforms.regions import in_regions
+
+ABSENT = {"dice": 1.0, "hd95_mm": 0.0, "surface_dice": 1.0}  # of a region that is rightly not found
 COLUMNS = ["case", "class", "dice", "hd95_mm", "surface_dice", "reference_ml", "predicted_ml"]
 
 
@@ -26,11 +29,18 @@ class SegmentationScores(Metric):
     prediction holds is left out; one that only the prediction holds, or misses altogether, has Dice and surface Dice
     0, and as distance the diagonal of the scan (leaving such cases out would flatter).
 
+    With ``regions`` these take the place of the classes, and one that neither holds counts as right, Dice and surface
+    Dice 1 and distance 0: whether a tumour has an enhancing part is a question too. So the BraTS challenge does it:
+    nnU-Net's authors say so of Dice (github.com/MIC-DKFZ/nnUNet/issues/134), and their code for BraTS 2020 gives
+    distances 0, and 373.13 mm where one of both is empty, which is the diagonal of its scans (374 in 2023,
+    synapse.org/Synapse:syn51156910/discussion/threadId=10357).
+
     Args:
         labels: value and name of each foreground class.
         surface_tolerance: mm within which a surface counts as right; ``None`` computes Dice only, which is fast.
         output_transform: picks predictions and references, lists of class maps ``(1, *spatial)`` with affine;
             by default the keys ``pred`` and ``label`` of the engine's output.
+        regions: name and values of each nested region, which are scored instead of the classes if there are any.
     """
 
     def __init__(
@@ -38,8 +48,11 @@ class SegmentationScores(Metric):
         labels: Mapping[int, str],
         surface_tolerance: float | None = None,
         output_transform: Callable | None = None,
+        regions: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        self.labels = dict(sorted(labels.items()))
+        found = regions.items() if regions else [(name, [value]) for value, name in sorted(labels.items())]
+        self.names, self.values = [name for name, _ in found], [values for _, values in found]
+        self.absent_counts = bool(regions)
         self.surface_tolerance = surface_tolerance
         self.rows: list[dict[str, Any]] = []
         super().__init__(output_transform=output_transform or from_engine(["pred", "label"]))
@@ -71,7 +84,7 @@ class SegmentationScores(Metric):
         """Means over the cases: of each score over the classes, and of Dice for each class."""
         scores = ["dice"] if self.surface_tolerance is None else ["dice", "hd95_mm", "surface_dice"]
         means = {f"mean_{score}": case_mean(self.rows, score) for score in scores}
-        for name in self.labels.values():
+        for name in self.names:
             means[f"dice {name}"] = _mean([row["dice"] for row in self.rows if row["class"] == name])
         return means
 
@@ -91,18 +104,16 @@ class SegmentationScores(Metric):
         spacing = affine_to_spacing(affine, r=reference.ndim - 1).tolist()
         diagonal = float(np.linalg.norm(np.array(reference.shape[1:]) * spacing))
         voxel_ml = float(np.prod(spacing)) / 1000
-        prediction, reference = torch.as_tensor(prediction), torch.as_tensor(reference)
-        values = torch.tensor(list(self.labels), device=reference.device)
-        shape = (len(values), *[1] * (reference.ndim - 1))
-        found = (prediction == values.reshape(shape)).float().unsqueeze(0).as_subclass(torch.Tensor)
-        truth = (reference == values.reshape(shape)).float().unsqueeze(0).as_subclass(torch.Tensor)
+        found, truth = (
+            in_regions(torch.as_tensor(label), self.values).float().unsqueeze(0) for label in (prediction, reference)
+        )
         dice = compute_dice(found, truth, ignore_empty=False)[0].tolist()
         if self.surface_tolerance is not None:
             distance = compute_hausdorff_distance(found, truth, True, percentile=95, spacing=spacing)[0].tolist()
-            tolerances = [self.surface_tolerance] * len(values)
+            tolerances = [self.surface_tolerance] * len(self.names)
             surface = compute_surface_dice(found, truth, tolerances, True, spacing=spacing)[0].tolist()
         rows = []
-        for i, label in enumerate(self.labels.values()):
+        for i, label in enumerate(self.names):
             n_truth, n_found = int(truth[0, i].sum()), int(found[0, i].sum())
             row: dict[str, Any] = {"case": name, "class": label, "dice": dice[i], "hd95_mm": "", "surface_dice": ""}
             row |= {"reference_ml": n_truth * voxel_ml, "predicted_ml": n_found * voxel_ml}
@@ -111,7 +122,8 @@ class SegmentationScores(Metric):
                 row["hd95_mm"] = diagonal if one_missing else distance[i]
                 row["surface_dice"] = 0.0 if one_missing else surface[i]
             if n_truth == 0 and n_found == 0:
-                row |= {score: float("nan") for score in ("dice", "hd95_mm", "surface_dice") if row[score] != ""}
+                right = ABSENT if self.absent_counts else dict.fromkeys(ABSENT, float("nan"))
+                row |= {score: value for score, value in right.items() if row[score] != ""}
             rows.append(row)
         return rows
 

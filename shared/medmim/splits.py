@@ -30,4 +30,6 @@ def load_split(
     """
     if preset.classification is not None or len(preset.roi_size) == 2:
         return load_image_list(dataset_dir, preset, datalist, labelled, fold, folds, test_fold, label_fraction)
-    return load_datalist(dataset_dir, datalist, labelled, fold, folds, label_fraction, test_fold=test_fold)
+    return load_datalist(
+        dataset_dir, datalist, labelled, fold, folds, label_fraction, test_fold=test_fold, preset=preset
+    )

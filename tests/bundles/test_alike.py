@@ -4,6 +4,7 @@ import pytest
 from monai.bundle import ConfigParser
 
 from tests.common import (
+    BRAIN,
     BUNDLES,
     CLASSIFICATION,
     CONVVIT_CT,
@@ -43,10 +44,17 @@ def test_classification_bundles_share_their_evaluation(bundle: str) -> None:
         assert "scores" not in text
 
 
+@pytest.mark.parametrize("name", ["evaluate", "inference", "multi_gpu_evaluate", "multi_gpu_train"])
+def test_brain_tumours_differ_in_the_name_of_the_data_only(name: str) -> None:
+    brain, plain = ((BUNDLES / bundle / "configs" / f"{name}.yaml").read_text("utf-8") for bundle in (BRAIN, UNETR))
+    assert brain == plain.replace("btcv", "msd_brain_tumour")
+
+
 @pytest.mark.parametrize(
     ("pretraining", "segmentation"),
     [
         (MAE, UNETR),
+        (MAE, BRAIN),
         (SIMMIM_VIT, UNETR),
         (SIMCLR, UNETR),
         (SIMMIM_SWIN, SWIN_UNETR),

@@ -13,6 +13,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.config_item import ConfigComponent
 
 from tests.common import (
+    BRAIN,
     CONVVIT_CT,
     CONVVIT_UNETR,
     MAE,
@@ -144,6 +145,7 @@ TRAINED = {  # fixtures: folders that a training of each bundle has written
     SIMCLR: "pretrained_simclr",
     CONVVIT_UNETR: "convvit_from_scratch",
     SWIN_UNETR: "swin_from_scratch",
+    BRAIN: "brain_from_scratch",
     MAE_CXR: "pretrained_cxr",
     VIT_CXR: "classified",
     CONVVIT_CT: "classified_ct",

@@ -134,6 +134,41 @@ def test_classes_may_have_gaps():
     assert preset.n_classes == 5
 
 
+def test_nested_regions():
+    tumour = {"labels": {1: "a", 2: "b", 4: "c"}, "regions": {"core": [4, 1], "whole": [1, 2, 4], "rim": [4]}}
+    preset = Preset.from_dict("mine", GOOD | tumour)
+    assert list(preset.regions.items()) == [("whole", [1, 2, 4]), ("core", [1, 4]), ("rim", [4])]
+    assert (preset.n_outputs, preset.n_classes) == (3, 5)
+    assert preset.to_dict()["regions"] == preset.regions
+    assert Preset.from_dict("mine", GOOD | {"labels": {3: "a"}}).n_outputs == 4
+    assert Preset.from_dict("mine", GOOD).n_outputs == 1
+
+
+def test_what_a_data_set_has_not_is_not_written():
+    """So that descriptions and checkpoints of before there were these fields stay equal."""
+    fields = {"regions", "channel_files", "label_file", "classification"}
+    assert not fields & get_preset("btcv").to_dict().keys()
+    assert list(get_preset("cxr14").to_dict())[-1] == "classification"
+    assert fields & get_preset("msd_brain_tumour").to_dict().keys() == {"regions"}
+    assert fields & get_preset("brats21").to_dict().keys() == {"regions", "channel_files", "label_file"}
+
+
+def test_brain_tumours_in_both_conventions():
+    """Edema is in the whole tumour only, and the core without the enhancing part is the same of both."""
+    for name in ("msd_brain_tumour", "brats21", "phantom_brain"):
+        preset = get_preset(name)
+        value = {label: number for number, label in preset.labels.items()}
+        core = value.get("necrotic core", value.get("non-enhancing tumour"))
+        assert preset.regions == {
+            "whole tumour": sorted(preset.labels),
+            "tumour core": sorted([core, value["enhancing tumour"]]),
+            "enhancing tumour": [value["enhancing tumour"]],
+        }
+        assert len(preset.channels) == 4
+    assert get_preset("brats21").labels[4] == "enhancing tumour"
+    assert get_preset("msd_brain_tumour").labels == get_preset("phantom_brain").labels
+
+
 @pytest.mark.parametrize("name", list(preset_table()))
 def test_plain_values_make_the_same_preset(name):
     preset = get_preset(name)
@@ -275,6 +310,39 @@ def test_faulty_file(tmp_path, content, message):
         ({"label_map": {2.5: 1}, "labels": {1: "a"}}, "label_map must map positive values of label files"),
         ({"label_map": {500: 2}, "labels": {1: "a"}}, "label_map must map to 0 or a value of labels, found 500: 2"),
         ({"label_map": {500: True}, "labels": {1: "a"}}, "label_map must map to 0 or a value of labels, found 500: T"),
+        ({"regions": [1]}, r"regions must map names to lists of values of labels, .*, found \[1\]"),
+        ({"regions": {"a": []}, "labels": {1: "a"}}, "regions must map names to lists"),
+        ({"regions": {"a": 1}, "labels": {1: "a"}}, "regions must map names to lists"),
+        ({"regions": {"a": ["1"]}, "labels": {1: "a"}}, "regions must map names to lists"),
+        (
+            {"regions": {"a": [1], "b": [1, 3]}, "labels": {1: "a", 2: "b"}},
+            r"regions must hold values of labels \(\[1, 2\]\), found 3 of b",
+        ),
+        (
+            {"regions": {"a": [1, 2]}, "labels": {1: "a", 2: "b"}},
+            r"regions must lie in each other, .* found a: \[1, 2\] as the smallest",
+        ),
+        (
+            {"regions": {"a": [1], "b": [2, 3]}, "labels": {1: "a", 2: "b", 3: "c"}},
+            r"regions must lie in each other, .* found b: \[2, 3\] around \[1\]",
+        ),
+        (
+            {"regions": {"a": [1], "b": [1]}, "labels": {1: "a"}},
+            r"regions must lie in each other, .* found b: \[1\] around \[1\]",
+        ),
+        (
+            {"regions": {"a": [1], "b": [1, 2, 3]}, "labels": {1: "a", 2: "b", 3: "c"}},
+            r"regions must lie in each other, .* found b: \[1, 2, 3\] around \[1\]",
+        ),
+        (
+            {"regions": {"a": [1], "b": [1, 2]}, "labels": {1: "a", 2: "b", 3: "c"}},
+            r"regions must hold each value of labels, found none with \[3\]",
+        ),
+        ({"channel_files": "_t1"}, "channel_files must be a list of endings of names, .* found '_t1'"),
+        ({"channel_files": [""]}, "channel_files must be a list of endings"),
+        ({"channel_files": ["_t1", "_t2"]}, "channel_files must give an ending for each of 1 channels, found"),
+        ({"channel_files": ["_t1"] * 2, "channels": ["a", "b"]}, r"channel_files must differ, found \['_t1', '_t1'\]"),
+        ({"label_file": None}, "label_file must be the ending of a name, such as _seg, found None"),
         ({"label_map": {500: "1"}, "labels": {1: "a"}}, "label_map must map to 0 or a value of labels, found 500: '1'"),
     ],
 )

@@ -160,6 +160,54 @@ def test_mean_is_over_classes_first_then_over_cases():
     assert scores.summary()["dice box"] == pytest.approx((0 + 1) / 2)
 
 
+REGIONS = {"whole": [1, 2, 4], "core": [1, 4], "enhancing": [4]}
+TUMOUR = {1: "necrosis", 2: "edema", 4: "rim"}
+WHOLE, CORE, RIM = (2, (3, 3, 3), (13, 12, 11)), (1, (5, 5, 5), (10, 10, 10)), (4, (6, 6, 6), (9, 8, 9))
+
+
+def score_regions(prediction, reference, tolerance=3.0):
+    scores = SegmentationScores(TUMOUR, tolerance, regions=REGIONS)
+    scores.update(([prediction], [reference]))
+    return {row["class"]: row for row in scores.rows}, scores
+
+
+def test_nested_regions_equal_all_pairs_of_surface_voxels():
+    moved = [(value, [n + 1 for n in start], stop) for value, start, stop in (WHOLE, CORE, RIM)]
+    prediction, reference = scan(moved), scan([WHOLE, CORE, RIM])
+    rows, scores = score_regions(prediction, reference, tolerance=1.5)
+    assert list(rows) == list(REGIONS)
+    for name, inside in REGIONS.items():
+        found, truth = (np.isin(one[0].numpy(), inside) for one in (prediction, reference))
+        row = rows[name]
+        expected = naive_scores(found, truth, SPACING, 1.5)
+        assert (row["dice"], row["hd95_mm"], row["surface_dice"]) == pytest.approx(expected, rel=1e-5)
+        assert row["reference_ml"] == pytest.approx(truth.sum() * 6 / 1000)
+    assert scores.compute() == pytest.approx(np.mean([row["dice"] for row in rows.values()]))
+    assert set(scores.summary()) == {
+        "mean_dice", "mean_hd95_mm", "mean_surface_dice", "dice whole", "dice core", "dice enhancing"
+    }  # fmt: skip
+
+
+def test_region_that_neither_holds_is_right():
+    rows, scores = score_regions(scan([WHOLE]), scan([WHOLE, CORE]))
+    assert (rows["enhancing"]["dice"], rows["enhancing"]["hd95_mm"], rows["enhancing"]["surface_dice"]) == (1, 0, 1)
+    assert rows["core"]["dice"] == 0
+    assert scores.compute() == pytest.approx((1 + 0 + 1) / 3)
+    fast = SegmentationScores(TUMOUR, regions=REGIONS)
+    fast.update(([scan([])], [scan([])]))
+    assert fast.compute() == 1
+    assert {row["hd95_mm"] for row in fast.rows} == {""}
+
+
+@pytest.mark.parametrize("missed", [True, False])
+def test_region_that_only_one_holds(missed):
+    pair = [scan([WHOLE, CORE]), scan([WHOLE, CORE, RIM])]
+    row = score_regions(*(pair if missed else pair[::-1]))[0]["enhancing"]
+    diagonal = math.dist((0, 0, 0), [20 * spacing for spacing in SPACING])
+    assert (row["dice"], row["surface_dice"]) == (0, 0)
+    assert row["hd95_mm"] == pytest.approx(diagonal)
+
+
 def test_case_mean_of_rows():
     rows = [{"case": "a", "dice": 0.5}, {"case": "a", "dice": 1.0}, {"case": "b", "dice": 0.0}]
     assert case_mean(rows, "dice") == pytest.approx(0.375)

@@ -29,6 +29,7 @@ NETWORKS = {
     "mim_convvit_pretraining": ("FeatureExtractor", CONVVIT | {"encoder": "ConvViT", "fifth_stage": False}),
     "convvit_unetr_segmentation": ("ConvViTUNETR", CONVVIT),
     "swin_unetr_segmentation": ("SwinUNETR", SWIN),
+    "unetr_brain_tumor_segmentation": ("UNETR", VIT | {"in_channels": 4, "feature_size": 4}),
     "simclr_vit_pretraining": ("FeatureExtractor", VIT),
     "simmim_vit_pretraining": ("FeatureExtractor", VIT),
     "simmim_swin_pretraining": ("FeatureExtractor", SWIN_ENCODER),
@@ -60,9 +61,10 @@ def weights(tmp_path: Path) -> Weights:
     ) -> Path:
         name, arguments = NETWORKS[bundle]
         sizes = sizes or SIZES.get(bundle, SMALL)
-        preset = get_preset(DATASETS.get(bundle, dataset), spacing_factor)
+        own = {"phantom": "phantom_brain"} if "brain" in bundle else {}
+        preset = get_preset(DATASETS.get(bundle, own.get(dataset, dataset)), spacing_factor)
         if name.endswith("UNETR"):
-            arguments = arguments | {"out_channels": preset.n_classes}
+            arguments = arguments | {"out_channels": preset.n_outputs}
         torch.manual_seed(0)
         network = build_network({"network": {"name": name, "arguments": arguments | sizes}})
         for parameter in network.parameters():  # position embeddings and biases too, so that each tensor counts

@@ -103,7 +103,9 @@ def test_download(served: Callable[..., Path], tmp_path: Path, capsys: pytest.Ca
 
 
 def test_the_bundle_to_train_next_is_there() -> None:
-    assert (Path(tools.download.__file__).parents[1] / "bundles" / tools.download.BUNDLE).is_dir()
+    bundles = Path(tools.download.__file__).parents[1] / "bundles"
+    assert (bundles / tools.download.BUNDLE).is_dir()
+    assert (bundles / tools.download.BUNDLE_OF_REGIONS).is_dir()
 
 
 def test_what_is_there_is_not_downloaded_again(
@@ -272,6 +274,7 @@ def test_other_presets_say_where_their_data_are(refused: Callable[..., str], nam
 def test_each_preset_of_the_decathlon_belongs_to_one_task() -> None:
     tasks = {name: preset.name for name, preset in presets_of_tasks().items()}
     assert tasks == {
+        "Task01_BrainTumour": "msd_brain_tumour",
         "Task03_Liver": "msd03_liver",
         "Task04_Hippocampus": "hippocampus",
         "Task06_Lung": "msd06_lung",

@@ -29,9 +29,9 @@ LARGEST_FILE = 25 * 2**20  # bytes
 
 
 @pytest.fixture(params=BUNDLES)
-def folder(request: pytest.FixtureRequest, weights, exported, coarse_preset: Path) -> Path:
+def folder(request: pytest.FixtureRequest, weights, exported, data_of: Callable) -> Path:
     """An exported bundle with weights, of a coarse preset so that a scan is a few windows."""
-    trained = weights(request.param, dataset=str(coarse_preset))
+    trained = weights(request.param, dataset=data_of(request.param)["dataset"])
     return exported(request.param, weights=str(trained))
 
 
@@ -106,14 +106,15 @@ def test_torchscript(folder: Path, metadata: dict) -> None:
     script = folder / "models" / "verify_model.ts"
     weights = folder / "models" / "model.pt"
     files = paths(folder, "inference.json")
-    size = metadata["network_data_format"]["inputs"]["image"]["spatial_shape"]
+    about = metadata["network_data_format"]["inputs"]["image"]
+    size, channels = about["spatial_shape"], about["num_channels"]
     only_traced = re.search("convvit|swin", folder.name)  # as their pages say
-    traced = {"use_trace": True, "input_shape": [2, 1, *size]} if only_traced else {}
+    traced = {"use_trace": True, "input_shape": [2, channels, *size]} if only_traced else {}
     ckpt_export(net_id="network_def", filepath=str(script), ckpt_file=str(weights), **files, **traced)
     network = ConfigParser.load_config_file(files["config_file"])
     network = ConfigParser(network).get_parsed_content("network_def").eval()
     network.load_state_dict(torch.load(weights, weights_only=True))
-    image = torch.rand(2, 1, *size)
+    image = torch.rand(2, channels, *size)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.load(script)(image), network(image), rtol=1e-4, atol=1e-4)
 

@@ -5,16 +5,19 @@ from medmim.transforms.masks import RandPatchMaskd, hidden_count
 from medmim.transforms.nested_masks import RandNestedMaskd
 from medmim.transforms.padding import PaddingTokensd
 from medmim.transforms.radiographs import LoadRadiographd, ResizeRadiographd
+from medmim.transforms.regions import LabelsToRegionsd, RegionsToLabelsd
 from medmim.transforms.scans import CheckScand, LoadScand, ScanError
 
 __all__ = [
     "CheckScand",
     "FeatureGridd",
+    "LabelsToRegionsd",
     "LoadRadiographd",
     "LoadScand",
     "PaddingTokensd",
     "RandNestedMaskd",
     "RandPatchMaskd",
+    "RegionsToLabelsd",
     "ResizeRadiographd",
     "ScanError",
     "hidden_count",

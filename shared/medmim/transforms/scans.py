@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from monai.data import MetaTensor
 from monai.transforms import LoadImage, MapTransform
 from torch import Tensor
 
@@ -22,11 +23,13 @@ class ScanError(ValueError):
 
 
 def load_scan(path: str | Path | Sequence[str | Path]) -> Tensor:
-    """Read a scan, channel first, with its affine; several files are the channels of one scan.
+    """Read a scan, channel first, with its affine; several files are the channels of one scan, on one grid.
 
     Raises:
-        ScanError: naming the file, when it is missing, damaged, or no image.
+        ScanError: naming the file, when it is missing, damaged, no image, or on another grid than the first.
     """
+    if not isinstance(path, str | Path):
+        return _join([load_scan(part) for part in path], path)
     try:
         return LoadImage(image_only=True, ensure_channel_first=True)(path)
     except Exception as error:  # readers raise anything from EOFError to zlib.error
@@ -35,6 +38,25 @@ def load_scan(path: str | Path | Sequence[str | Path]) -> Tensor:
             cause = cause.__cause__
         reason = " ".join(f"{type(cause).__name__} {cause}".split())[:200]
         raise ScanError(f"{path}: not readable ({reason}): replace or remove the file") from error
+
+
+def _join(parts: Sequence[Any], paths: Sequence[str | Path]) -> Tensor:
+    """One scan of the channels of several files, with the metadata of the first."""
+    first = parts[0]
+    for part, path in zip(parts[1:], paths[1:], strict=True):
+        if part.shape[1:] != first.shape[1:]:
+            raise ScanError(
+                f"{path}: {tuple(part.shape[1:])} voxels, but {paths[0]}, a channel of the same scan, has "
+                f"{tuple(first.shape[1:])}: resample it to that grid"
+            )
+        distance, allowed = _farthest(part, first)
+        if not distance <= allowed:
+            raise ScanError(
+                f"{path}: its voxels lie up to {distance:.3g} mm from those of {paths[0]}, a channel of the same scan "
+                f"(other affine), expected {allowed:.3g} mm at most: resample it to that grid"
+            )
+    channels = torch.cat([part.as_tensor() for part in parts])
+    return MetaTensor(channels, meta=first.meta, applied_operations=first.applied_operations)
 
 
 def check_image(image: Tensor, name: str, n_channels: int, spatial_dims: int | None = None) -> None:
@@ -99,20 +121,28 @@ def check_label(label: Tensor, image: Tensor, name: str, values: Collection[int]
 
 def _check_same_grid(label: Tensor, image: Tensor, name: str) -> None:
     """Refuse a label map whose voxels lie elsewhere in space; what rounding of a header moves them by passes."""
-    affines = [getattr(tensor, "affine", None) for tensor in (label, image)]
-    if affines[0] is None or affines[1] is None or affines[0].shape != affines[1].shape:
-        return
-    of_label, of_image = (torch.as_tensor(affine, dtype=torch.float64) for affine in affines)
-    n_axes = of_image.shape[0] - 1
-    sizes = [*image.shape[1:], *[1] * n_axes][:n_axes]
-    corners = torch.tensor([[*corner, 1] for corner in product(*[(0, n - 1) for n in sizes])], dtype=torch.float64)
-    distance = float(((of_label - of_image) @ corners.T).norm(dim=0).max())  # linear: no voxel is moved further
-    allowed = 0.5 * float(of_image[:-1, :-1].norm(dim=0).min())
+    distance, allowed = _farthest(label, image)
     if not distance <= allowed:
         raise ScanError(
             f"{name}: the label map's voxels lie up to {distance:.3g} mm from the image's (other affine), expected "
             f"{allowed:.3g} mm at most: export the label map on the image's grid, orientation included"
         )
+
+
+def _farthest(tensor: Tensor, image: Tensor) -> tuple[float, float]:
+    """How far in mm any voxel lies from where the image has it, and how far it may: half of the shortest edge.
+
+    0 and 0 when either has no affine.
+    """
+    affines = [getattr(one, "affine", None) for one in (tensor, image)]
+    if affines[0] is None or affines[1] is None or affines[0].shape != affines[1].shape:
+        return 0.0, 0.0
+    of_tensor, of_image = (torch.as_tensor(affine, dtype=torch.float64) for affine in affines)
+    n_axes = of_image.shape[0] - 1
+    sizes = [*image.shape[1:], *[1] * n_axes][:n_axes]
+    corners = torch.tensor([[*corner, 1] for corner in product(*[(0, n - 1) for n in sizes])], dtype=torch.float64)
+    distance = float(((of_tensor - of_image) @ corners.T).norm(dim=0).max())  # linear: no voxel is moved further
+    return distance, 0.5 * float(of_image[:-1, :-1].norm(dim=0).min())
 
 
 class LoadScand(MapTransform):

@@ -1,0 +1,108 @@
+"""Cases whose channels are files of their own, such as the four of BraTS, found by the endings of their names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.data.folder_layout import default_name_formatter
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".nii.gz", ".nii")
+LABELS_BESIDE = {"images": "labels", "imagesTr": "labelsTr"}
+LISTED = 5  # faults that a message names
+
+
+def group_channels(
+    paths: Sequence[Path], endings: Sequence[str], folder: Path, label_ending: str | None = None
+) -> list[dict[str, Any]]:
+    """Cases of files that share a folder and the part of their names before the ending.
+
+    Args:
+        paths: files; those with none of the endings, such as label maps, are left out.
+        endings: of each channel's name before the suffix, in the order of the channels: ``["_t1", "_t2"]``. Of several
+            that fit a name the longest counts.
+        folder: of the data, for messages.
+        label_ending: of the label map's name. It lies in the same folder, or, of images in ``images`` or ``imagesTr``,
+            in ``labels`` or ``labelsTr`` beside it. ``None`` looks for none.
+
+    Returns:
+        ``{"image": [path, ...]}``, one path for each channel, with ``label`` when it was asked for; sorted.
+
+    Raises:
+        ValueError: one line that names the cases without, or with more than one, file for a channel or label.
+    """
+    cases: dict[Path, dict[str, list[Path]]] = {}
+    for path in paths:
+        fitting = [ending for ending in endings if _stem(path).endswith(ending) and _stem(path) != ending]
+        if fitting:
+            ending = max(fitting, key=len)
+            case = path.with_name(_stem(path).removesuffix(ending))
+            cases.setdefault(case, {}).setdefault(ending, []).append(path)
+    if not cases:
+        raise ValueError(
+            f"--dataset_dir {folder}: no NIfTI file whose name ends in {', '.join(endings)} in it or below: give the "
+            "endings of yours (channel_files of the preset; --channel_files in inference)"
+        )
+    others = len(paths) - sum(len(files) for case in cases.values() for files in case.values())
+    if others:
+        logger.info(f"{folder}: {others} files left out, their names do not end in {', '.join(endings)}")
+    items: list[dict[str, Any]] = []
+    faults: list[str] = []
+    for case, found in sorted(cases.items()):
+        item: dict[str, Any] = {"image": [_one(found.get(ending, []), case, ending, faults) for ending in endings]}
+        if label_ending is not None:
+            item["label"] = _one(_labels_of(case, label_ending), case, label_ending, faults, "label map ")
+        items.append(item)
+    if faults:
+        more = f" (and {len(faults) - LISTED} more)" if len(faults) > LISTED else ""
+        raise ValueError("; ".join(faults[:LISTED]) + more)
+    return items
+
+
+def _one(files: Sequence[Path], case: Path, ending: str, faults: list[str], what: str = "") -> str:
+    """The file of a case; a fault where there is none, or more than one."""
+    if not files:
+        faults.append(f"{case}: no {what}{case.name}{ending}.nii.gz: add it, or move the case's files away")
+    elif len(files) > 1:
+        faults.append(f"{case}: {' and '.join(map(str, files))} are one {what or 'channel '}twice: keep one of them")
+    return str(files[0]) if len(files) == 1 else ""
+
+
+def _labels_of(case: Path, ending: str) -> list[Path]:
+    """Label maps of a case that are there."""
+    folders = [case.parent]
+    parts = case.parent.parts
+    inner = max((number for number, part in enumerate(parts) if part in LABELS_BESIDE), default=None)
+    if inner is not None:
+        folders.append(Path(*parts[:inner], LABELS_BESIDE[parts[inner]], *parts[inner + 1 :]))
+    named = [folder / f"{case.name}{ending}{suffix}" for folder in folders for suffix in SUFFIXES]
+    return [path for path in named if path.is_file()]
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+class CaseName:
+    """Name the results of a case after the case and not after its first channel, for MONAI's ``SaveImage``.
+
+    Args:
+        endings: of the channels' files; without, and for a file with none of them, the name is the file's.
+    """
+
+    def __init__(self, endings: Sequence[str] = ()) -> None:
+        self.endings = endings
+
+    def __call__(self, metadata: Mapping[str, Any], saver: Callable) -> dict[str, Any]:
+        """Keyword arguments of ``FolderLayout.filename``."""
+        name = default_name_formatter(dict(metadata), saver)  # type: ignore[arg-type]
+        path = Path(name["subject"])
+        fitting = [ending for ending in self.endings if _stem(path).endswith(ending) and _stem(path) != ending]
+        if fitting:
+            stem = _stem(path).removesuffix(max(fitting, key=len))
+            name["subject"] = str(path.with_name(stem + path.name.removeprefix(_stem(path))))
+        return name
