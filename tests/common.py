@@ -115,6 +115,31 @@ TINY_OF = {
 }
 
 
+_SMALL = {"phantom_cases": 5, "epochs": 2, "warmup_epochs": 1, "crops_per_scan": 1, "batch_size": 2}
+_SMALL |= {"roi_size": "[48,48,32]"}
+_VIT = {"hidden_size": 48, "mlp_dim": 96, "num_heads": 4}
+_CONVVIT = {"embed_dims": "[6,6,12,12]", "depths": "[1,1,1,2]", "num_heads": 2}
+_SWIN = {"roi_size": "[64,64,32]", "feature_size": 12, "depths": "[1,1,1,1]", "num_heads": "[1,2,3,4]"}
+_SCORED = {"overlap": 0.0, "label_fraction": 1.0}
+_IMAGES = {"phantom_patients": 20, "epochs": 2, "warmup_epochs": 1, "batch_size": 8, "roi_size": "[32,48]"}
+_VOLUMES = {"phantom_patients": 15, "epochs": 2, "warmup_epochs": 1, "batch_size": 4, "roi_size": "[32,48,32]"}
+_LEVELS = {"roi_size": "[32,32,32]", "crop_size": "[32,32,32]", "levels::1::samples": 1, "levels::2::samples": 1}
+DEMO_KNOBS: dict[str, dict] = {  # of a demo that takes seconds
+    MAE: _SMALL | _VIT | {"decoder_hidden_size": 24, "decoder_num_layers": 1},
+    # patch 16 and 12 blocks: MONAI's UNETR serves
+    UNETR: _SMALL | _VIT | _SCORED | {"feature_size": 4, "patch_size": 16, "num_layers": 12},
+    MIM: _SMALL | _CONVVIT | _LEVELS | {"decoder_hidden_size": 12, "decoder_num_layers": 1, "decoder_num_heads": 2},
+    SIMCLR: _SMALL | _VIT | {"projector_hidden_size": 24, "phantom_cases": 6},  # a validation of one pair is none
+    CONVVIT_UNETR: _SMALL | _CONVVIT | _SCORED,
+    SWIN_UNETR: _SMALL | _SWIN | _SCORED,
+    BRAIN: _SMALL | _VIT | _SCORED | {"feature_size": 4, "num_layers": 4},
+    SIMMIM_VIT: _SMALL | _VIT,
+    SIMMIM_SWIN: _SMALL | _SWIN,
+    MAE_CXR: _IMAGES | _VIT | {"decoder_hidden_size": 24, "decoder_num_layers": 1},
+    VIT_CXR: _IMAGES | _VIT | {"label_fraction": 1.0},
+    CONVVIT_CT: _VOLUMES | _CONVVIT,
+}
+
 FILES = {  # that travel
     MAE: ["encoder.pt", "model.pt", "model.json"],
     UNETR: ["model.pt", "model.json"],

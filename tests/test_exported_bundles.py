@@ -23,16 +23,13 @@ from tests.common import (
     CLASSIFICATION,
     CONVVIT_CT,
     CONVVIT_UNETR,
+    DEMO_KNOBS,
     MAE,
-    MAE_CXR,
     MIM,
     RADIOGRAPHS,
-    SIMCLR,
     SIMMIM_SWIN,
-    SIMMIM_VIT,
     SWIN_UNETR,
     UNETR,
-    VIT_CXR,
     WHOLE,
     rows,
 )
@@ -41,31 +38,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 ONNX = ("onnx==1.23.2", "onnxscript==0.7.2")  # what onnx_export needs beside torch
-SMALL = {"phantom_cases": 5, "epochs": 2, "warmup_epochs": 1, "crops_per_scan": 1, "batch_size": 2}
-SMALL |= {"roi_size": "[48,48,32]"}
-VIT = {"hidden_size": 48, "mlp_dim": 96, "num_heads": 4}
-CONVVIT = {"embed_dims": "[6,6,12,12]", "depths": "[1,1,1,2]", "num_heads": 2}
-SWIN = {"roi_size": "[64,64,32]", "feature_size": 12, "depths": "[1,1,1,1]", "num_heads": "[1,2,3,4]"}
-SCORED = {"overlap": 0.0, "label_fraction": 1.0}
-IMAGES = {"phantom_patients": 20, "epochs": 2, "warmup_epochs": 1, "batch_size": 8, "roi_size": "[32,48]"}
-VOLUMES = {"phantom_patients": 15, "epochs": 2, "warmup_epochs": 1, "batch_size": 4, "roi_size": "[32,48,32]"}
-LEVELS = {"roi_size": "[32,32,32]", "crop_size": "[32,32,32]", "levels::1::samples": 1, "levels::2::samples": 1}
-KNOBS: dict[str, dict[str, Any]] = {
-    MAE: SMALL | VIT | {"decoder_hidden_size": 24, "decoder_num_layers": 1},
-    # patch 16 and 12 blocks: MONAI's UNETR serves
-    UNETR: SMALL | VIT | SCORED | {"feature_size": 4, "patch_size": 16, "num_layers": 12},
-    MIM: SMALL | CONVVIT | LEVELS | {"decoder_hidden_size": 12, "decoder_num_layers": 1, "decoder_num_heads": 2},
-    SIMCLR: SMALL | VIT | {"projector_hidden_size": 24, "phantom_cases": 6},  # a validation of one pair is none
-    CONVVIT_UNETR: SMALL | CONVVIT | SCORED,
-    SWIN_UNETR: SMALL | SWIN | SCORED,
-    BRAIN: SMALL | VIT | SCORED | {"feature_size": 4, "num_layers": 4},
-    SIMMIM_VIT: SMALL | VIT,
-    SIMMIM_SWIN: SMALL | SWIN,
-    MAE_CXR: IMAGES | VIT | {"decoder_hidden_size": 24, "decoder_num_layers": 1},
-    VIT_CXR: IMAGES | VIT | {"label_fraction": 1.0},
-    CONVVIT_CT: VOLUMES | CONVVIT,
-}
-each = pytest.mark.parametrize("bundle", list(KNOBS))
+each = pytest.mark.parametrize("bundle", list(DEMO_KNOBS))
 
 
 def options(**knobs: Any) -> list[str]:
@@ -101,7 +74,7 @@ def zips(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         where = {"output_dir": folder / "output", "models_dir": folder / "models"}
         demo = str(["configs/train.yaml", "configs/demo.yaml"])
         run = [sys.executable, "-m", "monai.bundle", "run", "--config_file", demo]
-        call([*run, *options(**where, **KNOBS[bundle])], cwd=ROOT / "bundles" / bundle)
+        call([*run, *options(**where, **DEMO_KNOBS[bundle])], cwd=ROOT / "bundles" / bundle)
         weights = str(folder / "models" / "model.pt")
         found = []
         for seed in ("1", "2"):
@@ -147,10 +120,10 @@ def test_train_evaluate_infer(bundle: str, python: str, unzipped: Callable[..., 
     mine, shipped = unzipped(bundle, "mine"), unzipped(bundle, "as shipped")
     run = [python, "-m", "monai.bundle", "run"]
     demo = ("train.yaml", "demo.yaml")
-    output = call([*run, *configs(mine, *demo), *options(**KNOBS[bundle], seed=1)])
+    output = call([*run, *configs(mine, *demo), *options(**DEMO_KNOBS[bundle], seed=1)])
     assert "epoch 2/2: train_loss" in output
     assert (mine / "models" / "model.pt").read_bytes() != (shipped / "models" / "model.pt").read_bytes()
-    call([*run, *configs(mine, *demo, "evaluate.yaml"), *options(**KNOBS[bundle])])
+    call([*run, *configs(mine, *demo, "evaluate.yaml"), *options(**DEMO_KNOBS[bundle])])
 
     data = mine / "output" / ("phantom_radiographs" if bundle in RADIOGRAPHS else "phantom")
     if bundle in (UNETR, BRAIN, CONVVIT_UNETR, SWIN_UNETR, *CLASSIFICATION):
@@ -177,7 +150,7 @@ def test_two_processes(bundle: str, python: str, unzipped: Callable[..., Path]) 
     before = (folder / "models" / "model.pt").read_bytes()
     torchrun = [str(Path(python).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
     files = configs(folder, "train.yaml", "demo.yaml", "multi_gpu_train.yaml")
-    output = call([*torchrun, "-m", "monai.bundle", "run", *files, *options(**KNOBS[bundle], folds=2)])
+    output = call([*torchrun, "-m", "monai.bundle", "run", *files, *options(**DEMO_KNOBS[bundle], folds=2)])
     assert output.count("epoch 2/2: train_loss") == 1
     assert (folder / "models" / "model.pt").read_bytes() != before
 
@@ -240,7 +213,7 @@ def test_bundle_commands(bundle: str, python: str, unzipped: Callable[..., Path]
     network = ["network_def", "--ckpt_file", "models/model.pt", *meta, "--config_file", "configs/inference.json"]
     script = ["ckpt_export", *network, "--filepath", "models/model.ts"]
     if bundle in (MIM, CONVVIT_UNETR, SWIN_UNETR, SIMMIM_SWIN, CONVVIT_CT):
-        size = json.loads(KNOBS[bundle]["roi_size"])
+        size = json.loads(DEMO_KNOBS[bundle]["roi_size"])
         script += options(use_trace=True, input_shape=[1, 1, *size])
     call([*command, *script], folder)
     call([*command, "onnx_export", *network, "--filepath", "models/model.onnx"], folder)
