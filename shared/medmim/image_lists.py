@@ -262,7 +262,7 @@ def _label_of_row(row: Mapping[str, Any], place: str, classification: Classifica
     if classification.task != "multilabel":
         if not text:
             raise ValueError(f"{place}: column '{column}' is empty, expected one of {', '.join(classes)}")
-        if text.isdecimal() and int(text) < len(classes) and text not in classes:
+        if text.isdecimal() and int(text) < len(classes) and not any(map(str.isdecimal, classes)):
             text = classes[int(text)]
         names = [text]
     else:

@@ -335,6 +335,17 @@ def test_numbers_of_classes(tmp_path, task):
             load_image_list(tmp_path, volumes(task, classes))
 
 
+def test_classes_that_are_numbers_themselves(tmp_path):
+    """A grade 0 that the preset does not name is not the first of the grades that it names."""
+    touch(tmp_path, *[f"{i}.nii.gz" for i in range(4)])
+    path = write_csv(tmp_path / "labels.csv", ["image", "label"], [[f"{i}.nii.gz", i % 2 + 1] for i in range(4)])
+    found = by_name(load_image_list(tmp_path, volumes(classes=("1", "2")), folds=2))
+    assert found == {f"{i}.nii.gz": [1 - i % 2, i % 2] for i in range(4)}
+    write_csv(path, ["image", "label"], [["0.nii.gz", 1], ["1.nii.gz", 0]])
+    with pytest.raises(ValueError, match="line 3: label '0' in column 'label', expected one of 1, 2"):
+        load_image_list(tmp_path, volumes(classes=("1", "2")))
+
+
 def test_a_list_of_volumes_finds_bare_names_and_takes_its_split(tmp_path):
     touch(tmp_path, "x/1.nii.gz", "y/2.nii", "3.nii.gz", "z/4.png")
     rows = [["1.nii.gz", "a", "train"], ["2.nii", "b", "val"], ["3.nii.gz", "b", "test"]]
