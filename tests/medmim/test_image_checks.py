@@ -8,8 +8,14 @@ import math
 import pytest
 
 from medmim.datalists import Datalist
-from medmim.datasets import Preset, get_radiograph_preset
-from medmim.image_checks import check_class_weights, check_evaluated, check_image_data, check_image_encoder
+from medmim.datasets import Preset, get_preset, get_radiograph_preset
+from medmim.image_checks import (
+    check_class_weights,
+    check_evaluated,
+    check_image_data,
+    check_image_encoder,
+    check_volume_preset,
+)
 from medmim.image_lists import find_radiographs
 from medmim.image_splits import kept_apart
 from medmim.weights import save_encoder
@@ -20,6 +26,38 @@ ABC = Preset.from_dict("own", BODY | {"classification": {"task": "multiclass", "
 
 def messages(caplog, level: int) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == level]
+
+
+def test_presets_of_volumes():
+    check_volume_preset("cc_ccii")
+    check_volume_preset("phantom_ct", 1.5)
+    with pytest.raises(ValueError, match=r"^--dataset cxr14: a preset of 2 axes, expected 3 for volumes: choose anoth"):
+        check_volume_preset("cxr14")
+    with pytest.raises(ValueError, match=r"^--dataset btcv: the preset names no classes, so nothing can be classified"):
+        check_volume_preset("btcv")
+    with pytest.raises(ValueError, match=r"^--spacing_factor 2: preset cc_ccii keeps each scan's own spacing"):
+        check_volume_preset("cc_ccii", 2)
+    with pytest.raises(ValueError, match=r"^--spacing_factor x: expected a number"):
+        check_volume_preset("phantom_ct", "x")
+    with pytest.raises(ValueError, match=r"^--dataset cc_cci: no such preset \(did you mean cc_ccii"):
+        check_volume_preset("cc_cci")
+
+
+def test_volumes_are_checked_like_images(tmp_path, caplog):
+    root = tmp_path / "data"
+    for i in range(30):
+        path = root / ("Normal", "CP", "NCP")[i % 3] / f"p{i // 6}" / f"{i}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(i))
+    with caplog.at_level(logging.INFO, "medmim"):
+        check_image_data(get_preset("cc_ccii"), str(root), [str(tmp_path / "out")], test_fold=1)
+    assert messages(caplog, logging.INFO) == [
+        f"cc_ccii: 18 images for training, 6 for validation, 6 for testing from {root}",
+        *[f"{part}: {n} Normal, {n} CP, {n} NCP" for part, n in (("training", 6), ("validation", 2), ("test", 2))],
+    ]
+    (root / "NCP").rename(root / "other")
+    with pytest.raises(ValueError, match=rf"^{root}/other/p0/\d+\.nii\.gz: its path tells no class, expected one of "):
+        check_image_data(get_preset("cc_ccii"), str(root), [str(tmp_path / "out")])
 
 
 def test_what_a_good_list_tells(images, tmp_path, caplog):
