@@ -51,12 +51,15 @@ def find_scans(folder: str | Path) -> list[Path]:
     if len(scans) < len(found):
         logger.info(f"{folder}: {len(found) - len(scans)} label maps in {' or '.join(sorted(LABEL_FOLDERS))} left out")
     if not scans:
-        packed = sorted(folder.glob("*.npz"))
-        advice = (
-            f", but {packed[0].name}: unpack it first: python -m medmim.medmnist {packed[0]} FOLDER" if packed else ""
-        )
+        advice = advice_to_unpack(folder)
         raise ValueError(f"--dataset_dir {folder}: no NIfTI file (.nii, .nii.gz) in it or below{advice}")
     return scans
+
+
+def advice_to_unpack(folder: Path) -> str:
+    """What to do with volumes of MedMNIST, where a folder holds them as they come; else nothing."""
+    packed = sorted(folder.glob("*.npz"))
+    return f", but {packed[0].name}: unpack it first: python -m medmim.medmnist {packed[0]} FOLDER" if packed else ""
 
 
 def find_items(folder: str | Path, channel_files: Sequence[str] = ()) -> list[Item]:

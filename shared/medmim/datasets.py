@@ -357,5 +357,5 @@ def is_foreground(image: Tensor, preset: Preset) -> Tensor:
         preset: how its intensities are normalised.
     """
     if preset.min_max:
-        return image > image.amin()
+        return image > image.amin(dim=tuple(range(1, image.ndim)), keepdim=True)
     return image > preset.window[0] if preset.window is not None else image != 0

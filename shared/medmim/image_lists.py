@@ -15,7 +15,7 @@ from typing import Any
 import ignite.distributed as idist
 
 from medmim.classes import Classification
-from medmim.datalists import Datalist, Item, find_scans
+from medmim.datalists import Datalist, Item, advice_to_unpack, find_scans
 from medmim.datasets import Preset
 from medmim.folders import visible_files
 from medmim.image_splits import find_patients, in_proportion, split_images, tell_shared
@@ -91,7 +91,7 @@ def load_image_list(
     classification = preset.classification
     if labelled and classification is None:
         raise ValueError(f"--dataset {preset.name}: the preset has no classification: name its classes in one")
-    path = _find_list(root, Path(datalist) if datalist else None, classification)
+    path = _find_list(root, Path(datalist) if datalist else None, preset)
     items = _read_folder(root, preset, labelled) if path is None else _read_csv(path, root, preset, labelled)
     _mark_official(items, root, classification)
     _check_twice(items)
@@ -112,7 +112,8 @@ def _kept(item: Item, labelled: bool) -> Item:
     return {"image": item["image"], **(named if labelled else {})}
 
 
-def _find_list(root: Path, datalist: Path | None, classification: Classification | None) -> Path | None:
+def _find_list(root: Path, datalist: Path | None, preset: Preset) -> Path | None:
+    classification = preset.classification
     if datalist is not None:
         if not datalist.is_file():
             raise ValueError(f"--datalist {datalist}: no such file")
@@ -122,9 +123,12 @@ def _find_list(root: Path, datalist: Path | None, classification: Classification
         return root / "labels.csv" if _has_column(root / "labels.csv", column) else None
     found = sorted(root.glob(classification.datalist))
     if not found:
+        advice = ": put the list there, or give another (--datalist)"
+        if len(preset.roi_size) == 2:
+            advice += ", or for images without one the preset cxr (--dataset)"
         raise ValueError(
-            f"--dataset_dir {root}: no {classification.datalist} in it, which the preset names: put the list there, or "
-            "give another (--datalist), or for images without one the preset cxr (--dataset)"
+            f"--dataset_dir {root}: no {classification.datalist} in it, which the preset names"
+            f"{advice_to_unpack(root) or advice}"
         )
     return found[-1]
 
@@ -258,7 +262,7 @@ def _label_of_row(row: Mapping[str, Any], place: str, classification: Classifica
     if classification.task != "multilabel":
         if not text:
             raise ValueError(f"{place}: column '{column}' is empty, expected one of {', '.join(classes)}")
-        if text.isdecimal() and int(text) < len(classes) and text not in classes:
+        if text.isdecimal() and int(text) < len(classes) and not any(map(str.isdecimal, classes)):
             text = classes[int(text)]
         names = [text]
     else:

@@ -27,7 +27,7 @@ def find_patients(items: list[Item], pattern: str | None, root: Path) -> None:
     for item in items:
         path = Path(item["image"])
         if pattern and "patient" not in item:
-            found = [re.search(pattern, text) for text in (path.name, path.relative_to(root).as_posix())]
+            found = [re.search(pattern, text) for text in (path.name, Path(os.path.relpath(path, root)).as_posix())]
             named = [match.group(1) for match in found if match and match.group(1)]
             item |= {"patient": named[0]} if named else {}
     by_size: dict[int, list[Item]] = defaultdict(list)

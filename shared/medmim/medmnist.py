@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import csv
+import re
 import zipfile
+import zlib
 from pathlib import Path
 
 import fire
@@ -55,9 +57,14 @@ def unpack(npz: str | Path, folder: str | Path) -> None:
 
 
 def _is_ours(folder: Path, stem: str) -> bool:
-    images = [path.name for path in (folder / "images").glob("*")]
+    """Whether nothing but what this file unpacks to is in the folder and in its list."""
+    ours = re.compile(rf"images/{re.escape(stem)}_(?:{'|'.join(PARTS)})_\d+\.nii\.gz")
     others = {path.name for path in folder.iterdir()} - {"images", LIST}
-    return not others and all(name.startswith(f"{stem}_") for name in images)
+    names = [f"images/{path.name}" for path in (folder / "images").glob("*")]
+    if (folder / LIST).is_file():
+        with (folder / LIST).open(newline="", encoding="utf-8", errors="replace") as file:
+            names += [row[0] for row in list(csv.reader(file))[1:] if row]
+    return not others and all(map(ours.fullmatch, names))
 
 
 def _read(npz: Path) -> dict[str, np.ndarray]:
@@ -65,15 +72,17 @@ def _read(npz: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(npz) as file:
             arrays = {name: file[name] for name in wanted}
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())[:120]
         raise ValueError(f"{npz}: expected a .npz file of MedMNIST with {', '.join(wanted)} ({reason})") from error
     for part in PARTS:
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-        if images.ndim != 4 or len(images) != len(labels) or labels.size != len(labels):
+        volumes = images.ndim == 4 and images.shape[3] != 3 and images.dtype == np.uint8  # a photograph has 3 colours
+        if not volumes or labels.shape not in ((len(images),), (len(images), 1)) or labels.dtype.kind not in "ui":
             raise ValueError(
-                f"{npz}: {part}_images of shape {images.shape} with {part}_labels of shape {labels.shape}, expected "
-                "volumes (N, H, W, D) of one channel and one label each: give a 3D set of MedMNIST"
+                f"{npz}: {part}_images of shape {images.shape} ({images.dtype}) with {part}_labels of shape "
+                f"{labels.shape} ({labels.dtype}), expected volumes (N, H, W, D) of one channel (uint8) and the number "
+                "of a class for each: give a 3D set of MedMNIST"
             )
     return arrays
 

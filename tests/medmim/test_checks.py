@@ -242,6 +242,21 @@ def test_foreign_checkpoint_is_left_to_the_loader(tmp_path: Path, preset: Preset
     assert faults_of(checks.check_encoder, tmp_path / "foreign.pt", preset, False, {"hidden_size": 7}) == []
 
 
+def test_encoder_of_scans_that_were_scaled_by_their_range(tmp_path: Path, preset: Preset, tiny_vit: Callable) -> None:
+    """A description without the field says that they were not."""
+    ranged = replace(preset, window=None, min_max=True)
+    path = tmp_path / "encoder.pt"
+    for theirs, ours, told in (
+        (preset, ranged, "window [-175.0, 250.0] (this run None), min_max None (this run True)"),
+        (ranged, preset, "window None (this run [-175.0, 250.0]), min_max True (this run None)"),
+    ):
+        save_encoder(path, tiny_vit(), SIZE, theirs)
+        (found,) = faults_of(checks.check_encoder, path, ours)
+        assert found.startswith(f"--pretrained_encoder {path}: pre-trained with preset phantom: {told}: prepare")
+        assert faults_of(checks.check_encoder, path, theirs) == []
+        assert faults_of(checks.check_encoder, path, ours, True) == []
+
+
 def test_missing_encoder(tmp_path: Path, preset: Preset) -> None:
     (found,) = faults_of(checks.check_encoder, tmp_path / "no.pt", preset)
     assert found.startswith(f"{tmp_path / 'no.pt'}: no such file")

@@ -131,6 +131,20 @@ def test_preview_shows_labels_and_the_likeliest(task, tmp_path: Path):
     np.testing.assert_array_equal(figure.axes[2].images[0].get_array(), image[2, 0].numpy())
 
 
+def test_preview_of_volumes_shows_the_middle_axial_slice(tmp_path: Path):
+    """Front up, as axial slices are shown: the second axis runs to the front."""
+    preview = ClassificationPreview(
+        CLASSIFICATIONS["binary"], output_dir=str(tmp_path), interval=1, val_interval=1, epochs=1
+    )
+    image = torch.rand(2, 2, 6, 4, 8)
+    output = {"pred": torch.tensor([[3.0], [-3.0]]), "label": torch.tensor([[1.0], [0.0]]), "image": image}
+    figure = preview.draw(SimpleNamespace(output=output, epoch=1))
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["pneumonia\npneumonia 0.95", "none\npneumonia 0.05"]
+    for axis, volume in zip(figure.axes, image[:, 0].numpy(), strict=True):
+        np.testing.assert_array_equal(axis.images[0].get_array(), volume[:, :, 4].T[::-1])
+
+
 LOGITS = {
     "multilabel": [[2.0, 0.1], [0.0, -2.0], [-1.0, 3.0]],
     "multiclass": [[0.0, 2.0, 1.0], [3.0, 0.0, 0.0], [0.0, 0.0, 0.1]],

@@ -2,14 +2,16 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from monai.transforms import NormalizeIntensityd
 
-from medmim.datasets import Preset, get_preset, intensity_transform, preset_table
+from medmim.datasets import Preset, get_preset, intensity_transform, is_foreground, preset_table
 
 GOOD = {"channels": ["CT"], "roi_size": [96, 96, 64], "patch_size": 16, "window": [-175, 250]}
+RANGE = GOOD | {"window": None, "min_max": True, "channels": ["CT", "PET"]}
 
 
 def test_table_holds_the_presets_of_the_readme():
@@ -197,6 +199,64 @@ def test_z_score_of_each_channel(kind):
         assert after == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
+def test_range_of_each_channel_becomes_0_to_1(dtype):
+    transform = intensity_transform(Preset.from_dict("mine", RANGE))
+    image = np.random.default_rng(0).uniform([[[[-1000]]], [[[7]]]], [[[[3000]]], [[[90]]]], (2, 4, 3, 5)).astype(dtype)
+    found = np.asarray(transform({"image": torch.from_numpy(image.copy())})["image"])
+    assert found.dtype == np.float32
+    for before, after in zip(image.astype(float), found, strict=True):
+        np.testing.assert_allclose(after, (before - before.min()) / (before.max() - before.min()), atol=1e-6)
+        assert (after.min(), after.max()) == (0, 1)
+
+
+def test_a_channel_of_one_value_stays_finite():
+    image = torch.stack([torch.full((3, 3, 3), 7.0), torch.rand(3, 3, 3)])
+    found = intensity_transform(Preset.from_dict("mine", RANGE))({"image": image})["image"]
+    assert not found[0].any()
+    assert found[1].max() == 1
+
+
+def test_foreground_is_what_lies_above_the_lower_end():
+    image = torch.tensor([[[-1000.0, -175.0, -174.0, 0.0]], [[5.0, 5.0, 5.0, 6.0]]])
+    expected = {
+        "window": [[False, False, True, True], [True] * 4],
+        "z_score": [[True, True, True, False], [True] * 4],
+        "min_max": [[False, True, True, True], [False, False, False, True]],  # of each channel its own
+    }
+    bodies = {"window": GOOD, "z_score": GOOD | {"window": None, "z_score": "all"}, "min_max": RANGE}
+    for field, body in bodies.items():
+        found = is_foreground(image, Preset.from_dict("mine", body | {"channels": ["CT", "PET"]}))
+        assert found.squeeze(1).tolist() == expected[field], field
+
+
+def test_descriptions_without_min_max_stay_as_they_were():
+    before = {  # what stood in the files before there was this field
+        "name", "description", "modality", "channels", "spacing", "window", "z_score", "crop_foreground", "roi_size",
+        "patch_size", "augmentation", "crop_ratio", "labels", "label_map", "surface_tolerance", "license", "citation",
+        "source",
+    }  # fmt: skip
+    body = Preset.from_dict("mine", GOOD).to_dict()
+    assert set(body) == before
+    assert Preset.from_dict(body.pop("name"), body).min_max is False
+    assert Preset.from_dict("mine", RANGE).to_dict().keys() == before | {"min_max"}
+    assert Preset.from_dict("mine", GOOD | {"min_max": False}) == Preset.from_dict("mine", GOOD)
+
+
+def test_presets_of_whole_volumes():
+    table = preset_table()
+    chest, glands = table["cc_ccii"], table["adrenalmnist3d"]
+    assert chest.roi_size == (384, 384, 32)
+    assert chest.classification.outputs == ["Normal", "CP", "NCP"]
+    assert glands.classification.outputs == ["hyperplasia"]
+    for name, preset in table.items():
+        assert preset.min_max is (preset in (chest, glands)), name
+    for preset in (chest, glands):
+        assert (preset.window, preset.z_score, preset.spacing) == (None, None, None)
+    for field in ("channels", "spacing", "window", "z_score", "min_max"):  # an encoder of the one fits the other
+        assert getattr(table["phantom_ct"], field) == getattr(table["phantom"], field)
+
+
 @pytest.mark.parametrize(("name", "near"), [("hipocampus", "hippocampus"), ("BTCV", ""), ("fantom", "phantom")])
 def test_unknown_preset_offers_the_nearest(name, near):
     with pytest.raises(ValueError, match=f"^--dataset {name}: no such preset") as error:
@@ -266,6 +326,11 @@ def test_faulty_file(tmp_path, content, message):
         ({"spacing": [1.0, 1.0, -1.0]}, "spacing must be"),
         ({"window": None}, "exactly one of window, z_score and min_max must be set"),
         ({"z_score": "all"}, "exactly one of window, z_score and min_max must be set"),
+        ({"min_max": True}, "exactly one of window, z_score and min_max must be set"),
+        ({"window": None, "min_max": True, "z_score": "all"}, "exactly one of window, z_score and min_max must be set"),
+        ({"window": None, "min_max": "yes"}, "min_max must be true or false, found 'yes'"),
+        ({"window": None, "min_max": 1}, "min_max must be true or false, found 1"),
+        ({"min_max": None}, "min_max must be true or false, found None"),
         ({"window": [250, -175]}, r"window must be \[lower, upper\], found \[250, -175\]"),
         ({"window": None, "z_score": "some"}, "z_score must be all, nonzero or null, found 'some'"),
         ({"patch_size": 0}, "patch_size must be a positive integer, found 0"),

@@ -1,4 +1,4 @@
-"""Lists of radiographs from folders and CSV files, and what is wrong with them."""
+"""Lists of radiographs and volumes from folders and CSV files, and what is wrong with them."""
 
 import csv
 import math
@@ -6,14 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from medmim.datasets import Preset, get_radiograph_preset
+from medmim.datasets import Preset, get_preset, get_radiograph_preset
 from medmim.image_lists import find_images, find_radiographs, load_image_list
 
 BODY = {"channels": ["X-ray"], "roi_size": [8, 8], "patch_size": 4, "z_score": "all"}
+VOLUMES = {"channels": ["CT"], "roi_size": [16, 16, 16], "patch_size": 16, "min_max": True}
 
 
 def preset(task: str = "multiclass", classes: tuple = ("a", "b"), **fields) -> Preset:
     return Preset.from_dict("own", BODY | {"classification": {"task": task, "classes": list(classes), **fields}})
+
+
+def volumes(task: str = "multiclass", classes: tuple = ("a", "b"), **fields) -> Preset:
+    return Preset.from_dict("own", VOLUMES | {"classification": {"task": task, "classes": list(classes), **fields}})
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -283,3 +288,87 @@ def test_lists_and_presets_that_are_not_there(tmp_path):
         load_image_list(tmp_path, preset(), tmp_path / "no.csv")
     with pytest.raises(ValueError, match=r"^--dataset cxr: the preset has no classification: name its classes"):
         load_image_list(tmp_path, get_radiograph_preset("cxr"))
+
+
+# ----------------------------------------------------------------------------------------------------------- volumes
+
+
+def test_volumes_in_folders_with_the_names_of_classes(tmp_path):
+    touch(tmp_path, *[f"{'Ab'[i % 2]}/{i}.nii{['', '.gz'][i % 3 == 0]}" for i in range(10)])
+    touch(tmp_path, "a/x.png", "b/x.npz", "a/x.dcm", "b/labelsTr/x.nii.gz", "a/.y.nii", "x.txt")  # are no volumes
+    found = by_name(load_image_list(tmp_path, volumes()))
+    assert found == {f"{i}.nii{['', '.gz'][i % 3 == 0]}": [1 - i % 2, i % 2] for i in range(10)}
+    with pytest.raises(ValueError, match=f"^--dataset_dir {tmp_path}/no: no such folder$"):
+        load_image_list(tmp_path / "no", volumes())
+    touch(tmp_path / "other", "a/x.png")
+    with pytest.raises(ValueError, match=f"^--dataset_dir {tmp_path}/other: no NIfTI file .* in it or below$"):
+        load_image_list(tmp_path / "other", volumes())
+
+
+def test_the_preset_of_chest_ct(tmp_path):
+    """Classes and patients are folders; each class numbers its patients anew."""
+    scans = [f"{kind}/{number}/{i}.nii.gz" for kind in ("NCP", "CP", "Normal") for number in (1, 2, 3) for i in (8, 9)]
+    touch(tmp_path, *[f"CP/{name}" for name in ("x.nii.gz", "1/x.png")], *scans)
+    split = load_image_list(tmp_path, get_preset("cc_ccii"), folds=3)
+    items = {Path(item["image"]).relative_to(tmp_path).as_posix(): item for item in split.training + split.validation}
+    assert items.keys() == {*scans, "CP/x.nii.gz"}
+    assert items.pop("CP/x.nii.gz")["patient"] == str(tmp_path / "CP/x.nii.gz")  # one of its own
+    for name, item in items.items():
+        kind = name.split("/")[0]
+        assert item["label"] == [kind == "Normal", kind == "CP", kind == "NCP"]
+        assert item["patient"] == name.rsplit("/", 1)[0]
+    assert not {item["patient"] for item in split.training} & {item["patient"] for item in split.validation}
+
+
+@pytest.mark.parametrize("task", ["multiclass", "binary"])
+def test_numbers_of_classes(tmp_path, task):
+    """As MedMNIST has them, counted from 0."""
+    classes = ("a", "b", "c") if task == "multiclass" else ("a", "b")
+    touch(tmp_path, *[f"{i}.nii.gz" for i in range(6)])
+    path = write_csv(tmp_path / "labels.csv", ["image", "label"], [[f"{i}.nii.gz", i % len(classes)] for i in range(6)])
+    found = by_name(load_image_list(tmp_path, volumes(task, classes), folds=2))
+    rows = [[1, 0, 0], [0, 1, 0], [0, 0, 1]] if task == "multiclass" else [[0], [1]]
+    assert found == {f"{i}.nii.gz": rows[i % len(classes)] for i in range(6)}
+    for wrong in (len(classes), -1, "1.0"):
+        write_csv(path, ["image", "label"], [["0.nii.gz", "a"], ["1.nii.gz", wrong]])
+        with pytest.raises(ValueError, match=f"line 3: label '{wrong}' in column 'label', expected one of a, b"):
+            load_image_list(tmp_path, volumes(task, classes))
+
+
+def test_classes_that_are_numbers_themselves(tmp_path):
+    """A grade 0 that the preset does not name is not the first of the grades that it names."""
+    touch(tmp_path, *[f"{i}.nii.gz" for i in range(4)])
+    path = write_csv(tmp_path / "labels.csv", ["image", "label"], [[f"{i}.nii.gz", i % 2 + 1] for i in range(4)])
+    found = by_name(load_image_list(tmp_path, volumes(classes=("1", "2")), folds=2))
+    assert found == {f"{i}.nii.gz": [1 - i % 2, i % 2] for i in range(4)}
+    write_csv(path, ["image", "label"], [["0.nii.gz", 1], ["1.nii.gz", 0]])
+    with pytest.raises(ValueError, match="line 3: label '0' in column 'label', expected one of 1, 2"):
+        load_image_list(tmp_path, volumes(classes=("1", "2")))
+
+
+def test_a_list_of_volumes_finds_bare_names_and_takes_its_split(tmp_path):
+    touch(tmp_path, "x/1.nii.gz", "y/2.nii", "3.nii.gz", "z/4.png")
+    rows = [["1.nii.gz", "a", "train"], ["2.nii", "b", "val"], ["3.nii.gz", "b", "test"]]
+    path = write_csv(tmp_path / "list.csv", ["image", "label", "split"], rows)
+    split = load_image_list(tmp_path, volumes(), path)
+    assert [by_name(split, part) for part in ("training", "validation", "test")] == [
+        {"1.nii.gz": [1, 0]},
+        {"2.nii": [0, 1]},
+        {"3.nii.gz": [0, 1]},
+    ]
+    write_csv(path, ["image", "label"], [*[row[:2] for row in rows], ["4.png", "a"]])
+    with pytest.raises(ValueError, match=rf"^{path}: line 5: 4\.png: no such file in --dataset_dir"):
+        load_image_list(tmp_path, volumes(), path)
+
+
+def test_a_list_that_the_preset_names_is_missing(tmp_path):
+    start = f"^--dataset_dir {tmp_path}: no labels.csv in it, which the preset names"
+    with pytest.raises(ValueError, match=rf"{start}: put the list there, or give another \(--datalist\)$"):
+        load_image_list(tmp_path, get_preset("adrenalmnist3d"))
+    with pytest.raises(ValueError, match=r"or for images without one the preset cxr \(--dataset\)$"):
+        load_image_list(tmp_path, get_radiograph_preset("cxr14"))
+    touch(tmp_path, "adrenalmnist3d_64.npz")  # as it is given out
+    command = f"python -m medmim.medmnist {tmp_path}/adrenalmnist3d_64.npz FOLDER"
+    for labelled in (True, False):
+        with pytest.raises(ValueError, match=f"{start}, but adrenalmnist3d_64.npz: unpack it first: {command}$"):
+            load_image_list(tmp_path, get_preset("adrenalmnist3d"), labelled=labelled)

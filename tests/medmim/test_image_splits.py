@@ -76,6 +76,57 @@ def test_the_patient_may_stand_in_the_name(tmp_path):
     assert not held & {item["patient"] for item in split.training}
 
 
+def test_the_patient_may_stand_in_the_path_below_the_folder(tmp_path):
+    """The name comes first; what stands above the folder is nobody's patient."""
+    root = tmp_path / "case9_" / "data"
+    for i in range(20):
+        path = root / f"case{i % 4}_x" / ("case7_z.nii" if i == 19 else f"{i}.nii")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(i))
+    (root / "0.nii").write_text("alone")
+    body = BODY | {"roi_size": [16, 16, 16]}
+    own = {"task": "multiclass", "classes": ["a", "b"], "patterns": {"a": "case[02]", "b": "case[13]|^0"}}
+    own |= {"patient_pattern": r"(case\d)_"}
+    split = load_image_list(root, Preset.from_dict("own", body | {"classification": own}), folds=3)
+    found = {Path(item["image"]).relative_to(root).as_posix(): item["patient"] for item in split.training}
+    found |= {Path(item["image"]).relative_to(root).as_posix(): item["patient"] for item in split.validation}
+    expected = {f"case{i % 4}_x/{i}.nii": f"case{i % 4}" for i in range(19)}
+    assert found == expected | {"case3_x/case7_z.nii": "case7", "0.nii": str(root / "0.nii")}
+    held = {item["patient"] for item in split.validation}
+    assert held
+    assert not held & {item["patient"] for item in split.training}
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_list_may_name_files_outside_the_folder(tmp_path, absolute):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "case7_").mkdir()
+    outside = str(tmp_path / "case7_") if absolute else "../case7_"
+    lines = ["image,label", *[f"{outside}/{'case' * (i > 1)}{i // 2}_{i}.nii,{'ab'[i % 2]}" for i in range(8)]]
+    (tmp_path / "data" / "labels.csv").write_text("\n".join(lines))
+    for i in range(8):
+        (tmp_path / "case7_" / f"{'case' * (i > 1)}{i // 2}_{i}.nii").write_text(str(i))
+    own = {"task": "multiclass", "classes": ["a", "b"], "patient_pattern": r"(case\d)_"}
+    split = load_image_list(
+        tmp_path / "data", Preset.from_dict("own", BODY | {"roi_size": [16, 16, 16], "classification": own}), folds=4
+    )
+    patients = [item["patient"] for item in split.training + split.validation]
+    assert sorted(patients) == sorted(["case1", "case2", "case3", "case7"] * 2)
+
+
+def test_copies_of_a_volume_stay_together(tmp_path):
+    """Gzip's header and the first bytes are often alike: the whole content counts."""
+    for i in range(12):
+        path = tmp_path / "ab"[i % 2] / f"p{i}" / "scan.nii.gz"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"\x1f\x8b" * 40000 + bytes([i % 6]))
+    own = {"task": "multiclass", "classes": ["a", "b"], "patient_pattern": "(p[0-9]+)/"}
+    preset = Preset.from_dict("own", BODY | {"roi_size": [16, 16, 16], "classification": own})
+    held = {item["patient"] for item in load_image_list(tmp_path, preset, folds=3).validation}
+    assert len(held) == 4
+    assert all((f"p{i}" in held) == (f"p{i + 6}" in held) for i in range(6))
+
+
 def test_names_without_a_patient_are_patients_of_their_own(tmp_path):
     for i in range(10):
         (tmp_path / f"{i}.png").write_text(str(i))

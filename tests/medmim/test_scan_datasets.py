@@ -1,11 +1,12 @@
 """Cached and reproducible datasets of scans."""
 
+import dataclasses
 import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,25 @@ def test_estimate_counts_channels_and_the_region() -> None:
 def test_estimate_of_small_scans_is_that_of_the_region(phantom_dir: Path) -> None:
     items = [{"image": str(phantom_dir / "imagesTr" / "phantom_000.nii.gz")}] * 2
     assert estimate_cache_bytes(items, get_preset("phantom"), (200, 200, 100)) == 2 * 4 * 200 * 200 * 100
+
+
+@pytest.mark.parametrize("size", [(16, 32, 8), [16, 32, 8]])
+def test_estimate_of_scans_that_are_resized_as_a_whole(size: Sequence[int]) -> None:
+    """Whatever the files hold, which need not be read."""
+    items = [{"image": f"nowhere/{i}.nii.gz", "label": [1.0, 0.0]} for i in range(5)]
+    preset = get_preset("phantom_ct")
+    assert estimate_cache_bytes(items, preset, (64, 64, 64), size) == 5 * 4 * 16 * 32 * 8
+    channels = dataclasses.replace(preset, channels=("CT", "PET", "MR"))
+    assert estimate_cache_bytes(items, channels, (64, 64, 64), size) == 3 * 5 * 4 * 16 * 32 * 8
+    assert estimate_cache_bytes([], preset, (64, 64, 64), size) == 0
+
+
+def test_estimate_does_not_count_classes_as_a_channel(phantom_dir: Path) -> None:
+    path = str(phantom_dir / "imagesTr" / "phantom_000.nii.gz")
+    preset = get_preset("phantom")
+    plain = estimate_cache_bytes([{"image": path}], preset, (8, 8, 8))
+    assert estimate_cache_bytes([{"image": path, "label": [1.0]}], preset, (8, 8, 8)) == plain
+    assert estimate_cache_bytes([{"image": path, "label": path}], preset, (8, 8, 8)) == 2 * plain
 
 
 @pytest.mark.parametrize("shape", [(96, 76, 40), (31, 32, 33)])
