@@ -138,7 +138,7 @@ def test_faulty_arrays(tmp_path, content, expected):
     assert_refused(path, tmp_path / "data", expected)
 
 
-@pytest.mark.parametrize("how", ["missing", "folder", "empty", "text", "truncated", "npy", "damaged"])
+@pytest.mark.parametrize("how", ["missing", "folder", "empty", "text", "truncated", "npy", "changed", "damaged"])
 def test_what_is_no_such_file(tmp_path, npz, how):
     path = tmp_path / "faulty.npz"
     content = npz.read_bytes()
@@ -148,8 +148,9 @@ def test_what_is_no_such_file(tmp_path, npz, how):
         np.save(tmp_path / "one.npy", arrays()["val_images"])
         (tmp_path / "one.npy").rename(path)
     elif how != "missing":
-        damaged = content[:300] + b"\xff" * 40 + content[340:]  # the zip's index is whole
-        new = {"empty": b"", "text": b"no zip" * 9, "truncated": content[: len(content) // 2], "damaged": damaged}
+        new = {"empty": b"", "text": b"no zip" * 9, "truncated": content[: len(content) // 2]}
+        new |= {"changed": content[:300] + b"\xff" + content[301:]}  # the zip's index is whole
+        new |= {"damaged": content[:60] + b"\xff" * 40 + content[100:]}
         path.write_bytes(new[how])
     assert_refused(path, tmp_path / "data", "expected a .npz file of MedMNIST with train_images, .*[(].+[)]$")
 
