@@ -22,7 +22,8 @@ from medmim.classification import to_probabilities
 ECE_BINS = 15
 COLUMNS = (
     "class", "images", "positives", "auc", "auc_low", "auc_high", "average_precision", "average_precision_low",
-    "average_precision_high", "accuracy", "threshold", "f1", "sensitivity", "specificity", "ece",
+    "average_precision_high", "accuracy", "accuracy_low", "accuracy_high", "threshold", "f1", "sensitivity",
+    "specificity", "ece",
 )  # fmt: skip
 
 
@@ -120,40 +121,45 @@ class ClassificationScores(Metric):
         """
         outputs, thresholds = self.classification.outputs, self.thresholds()
         draws = self._draws(n_bootstrap, seed)
-        rows, aucs, precisions = [], [], []
+        rows: list[dict[str, Any]] = []
+        drawn: dict[str, list[np.ndarray]] = {"auc": [], "average_precision": [], "accuracy": []}
         for i, name in enumerate(outputs):
             labels, probabilities = self.column(i)
             known = ~np.isnan(self.labels[:, i])
             row: dict[str, Any] = {"class": name, "images": len(labels), "positives": int(labels.sum())}
             row |= _at_threshold(labels, probabilities, thresholds[name])
+            shares = drawn_shares(labels == (probabilities >= thresholds[name]), draws[:, known])
+            if "accuracy" in row:
+                row |= _with_interval("accuracy", row["accuracy"], shares)
             auc, precision = area(labels, probabilities), precision_area(labels, probabilities)
             if auc is not None:
-                drawn = drawn_areas(labels, probabilities, draws[:, known])
-                aucs.append(drawn[0])
-                precisions.append(drawn[1])
-                row |= _with_interval("auc", auc, aucs[-1])
-                row |= _with_interval("average_precision", precision, precisions[-1])
+                areas = drawn_areas(labels, probabilities, draws[:, known])
+                row |= _with_interval("auc", auc, areas[0])
+                row |= _with_interval("average_precision", precision, areas[1])
+                for samples, found in zip(drawn.values(), (*areas, shares), strict=True):
+                    samples.append(found)
             rows.append(row)
-        rows.append(self._mean_row(rows, aucs, precisions))
+        rows.append(self._mean_row(rows, drawn, draws))
         return rows
 
     def _mean_row(
-        self, rows: Sequence[Mapping[str, Any]], aucs: list[np.ndarray], precisions: list[np.ndarray]
+        self, rows: Sequence[Mapping[str, Any]], drawn: Mapping[str, list[np.ndarray]], draws: np.ndarray
     ) -> dict[str, Any]:
         scored = [row for row in rows if "auc" in row]
         names = ("accuracy", "f1", "sensitivity", "specificity", "ece")
         row: dict[str, Any] = {"class": f"mean of {len(scored)}", "images": len(self.cases)}
         row |= {name: float(np.mean([r[name] for r in scored if name in r])) for name in names if scored}
         if scored:
-            for name, samples in (("auc", aucs), ("average_precision", precisions)):
-                drawn = np.array(samples)  # NaN where a draw lacks one side of a class: the mean is over the others
+            for name, samples in drawn.items():
+                columns = np.array(samples).T  # NaN where a draw lacks one side of a class: the mean is over the others
                 means = np.array(
-                    [column[np.isfinite(column)].mean() for column in drawn.T if np.isfinite(column).any()]
+                    [column[np.isfinite(column)].mean() for column in columns if np.isfinite(column).any()]
                 )
                 row |= _with_interval(name, float(np.mean([r[name] for r in scored])), means)
         if self.classification.task == "multiclass":
             right = self.predicted().argmax(1) == self.labels.argmax(1)
-            row |= {"accuracy": float(right.mean()), "ece": calibration_error(right, self.probabilities.max(1))}
+            row |= {"ece": calibration_error(right, self.probabilities.max(1))}
+            row |= _with_interval("accuracy", float(right.mean()), drawn_shares(right, draws))
         return row
 
     def _draws(self, n: int, seed: int) -> np.ndarray:
@@ -228,6 +234,12 @@ def drawn_areas(labels: np.ndarray, probabilities: np.ndarray, draws: np.ndarray
         areas.append(np.trapezoid(true, false) / (true[-1] * false[-1]))
         precisions.append((np.diff(true) * true[1:] / np.maximum(true[1:] + false[1:], 1)).sum() / true[-1])
     return np.array(areas), np.array(precisions)
+
+
+def drawn_shares(right: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Share of each draw ``(draws, images)`` that is right ``(images,)``; NaN where a draw has none of the images."""
+    counts = draws.sum(axis=1)
+    return np.where(counts > 0, draws @ right.astype(float) / np.maximum(counts, 1), np.nan)
 
 
 def _both(labels: np.ndarray) -> bool:

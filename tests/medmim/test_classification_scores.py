@@ -248,15 +248,32 @@ def test_intervals_are_those_of_images_drawn_by_hand():
     """An oracle that repeats the drawn images instead of weighing them."""
     scores = random_scores(MULTILABEL, patients=[f"p{i % 10}" for i in range(30)])
     rows = scores.table(20, seed=3)
-    samples = []
+    samples, accuracies = [], []
     for draw in scores._draws(20, 3):
         drawn = [i for i, times in enumerate(draw) for _ in range(times)]
         columns = [(scores.labels[drawn, k], scores.probabilities[drawn, k]) for k in range(3)]
         assert all(0 < y.sum() < len(y) for y, _ in columns)
         samples.append([naive_auc(*column) for column in columns])
-    samples = np.array(samples)
+        limits = [row["threshold"] for row in rows[:3]]
+        accuracies.append(
+            [np.mean([(q >= t) == y for y, q in zip(*c, strict=True)]) for c, t in zip(columns, limits, strict=True)]
+        )
+    samples, accuracies = np.array(samples), np.array(accuracies)
+    for row, values in zip(rows, [*accuracies.T, accuracies.mean(1)], strict=True):
+        found = [row["accuracy_low"], row["accuracy_high"]]
+        assert found == pytest.approx(np.percentile(values, [2.5, 97.5]).tolist())
     for row, values in zip(rows, [*samples.T, samples.mean(1)], strict=True):
         assert [row["auc_low"], row["auc_high"]] == pytest.approx(np.percentile(values, [2.5, 97.5]).tolist())
+
+
+def test_interval_of_the_likeliest_class():
+    scores = random_scores(MULTICLASS, patients=[f"p{i % 10}" for i in range(30)])
+    row = scores.table(20, seed=3)[-1]
+    right = [p.argmax() == y.argmax() for p, y in zip(scores.probabilities, scores.labels, strict=True)]
+    drawn = [[right[i] for i, times in enumerate(draw) for _ in range(times)] for draw in scores._draws(20, 3)]
+    expected = np.percentile([np.mean(each) for each in drawn], [2.5, 97.5]).tolist()
+    assert [row["accuracy_low"], row["accuracy_high"]] == pytest.approx(expected)
+    assert row["accuracy_low"] < row["accuracy"] < row["accuracy_high"]
 
 
 def test_bootstrap_is_deterministic_and_holds_the_value():
