@@ -12,6 +12,7 @@ import yaml
 
 from medmim.checks import is_number, is_whole
 from medmim.datalists import load_datalist
+from medmim.datasets import get_preset
 from tools.study_checks import cell_faults, pair_faults
 from tools.study_plan import (
     SET_BY_STUDY,
@@ -325,7 +326,8 @@ class _Reader:
                 return None
             if repr(split) not in counts:
                 try:
-                    counts[repr(split)] = len(load_datalist(**split).training)
+                    preset = get_preset(knobs["dataset"]) if "dataset" in knobs else None  # knows names of channels
+                    counts[repr(split)] = len(load_datalist(**split, preset=preset).training)
                 except (ValueError, OSError, TypeError) as error:
                     self.faults += str(error).splitlines()
                     counts[repr(split)] = None

@@ -224,7 +224,7 @@ def check_encoder(
     if description is None:
         return
     faults = []
-    theirs, ours = description["preset"], preset.to_dict()
+    theirs, ours = ({"min_max": False} | fields for fields in (description["preset"], preset.to_dict()))
     if allow_other_preset not in (True, "true"):
         different = [name for name in PREPARED if theirs.get(name) != ours.get(name)]
         if different:

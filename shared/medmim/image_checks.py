@@ -37,18 +37,22 @@ def check_volume_preset(dataset: Any, spacing_factor: Any = 1.0) -> None:
             f"--dataset {dataset}: a preset of {len(preset.roi_size)} axes, expected 3 for volumes: choose another, or "
             "another bundle"
         )
-    check_classes(preset)
+    check_classes(preset, dataset)
 
 
-def check_classes(preset: Preset) -> None:
+def check_classes(preset: Preset, dataset: Any) -> None:
     """Refuse a preset that names no classes.
+
+    Args:
+        preset: of the data.
+        dataset: how it was given.
 
     Raises:
         ValueError: naming it.
     """
     if preset.classification is None:
         raise ValueError(
-            f"--dataset {preset.name}: the preset names no classes, so nothing can be classified: choose another, or "
+            f"--dataset {dataset}: the preset names no classes, so nothing can be classified: choose another, or "
             "give a .yaml file of your own with the field classification"
         )
 

@@ -90,7 +90,7 @@ def _read(npz: Path) -> dict[str, np.ndarray]:
 def main(npz: str, folder: str) -> None:
     """Unpack volumes of MedMNIST (.npz) into a folder with NIfTI files and labels.csv."""
     try:
-        unpack(npz, folder)
+        unpack(str(npz), str(folder))  # fire makes a number of what looks like one
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -28,7 +28,7 @@ def check_radiograph_preset(dataset: Any, normalization: Any = None, labelled: b
     """
     preset = get_radiograph_preset(dataset, normalization)
     if labelled:
-        check_classes(preset)
+        check_classes(preset, dataset)
 
 
 def check_radiographs(items: Datalist | Sequence[Item], preset: Preset, remember: str | Path | None = None) -> None:
