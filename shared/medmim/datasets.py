@@ -166,6 +166,8 @@ def _faults(body: Mapping[str, Any]) -> list[str]:
         faults += channel_file_faults(body["channel_files"], names)
     if not isinstance(body["label_file"], str):
         faults.append(f"label_file must be the ending of a name, such as _seg, found {body['label_file']!r}")
+    if body["classification"] is not None and body["channel_files"]:
+        faults.append("channel_files cannot stand beside classification: each scan is one file of all channels")
     if body["classification"] is not None:
         try:
             Classification.from_dict(body["classification"])

@@ -248,7 +248,7 @@ def test_encoder_of_scans_that_were_scaled_by_their_range(tmp_path: Path, preset
     path = tmp_path / "encoder.pt"
     for theirs, ours, told in (
         (preset, ranged, "window [-175.0, 250.0] (this run None), min_max False (this run True)"),
-        (ranged, preset, "window None (this run [-175.0, 250.0]), min_max True (this run None)"),
+        (ranged, preset, "window None (this run [-175.0, 250.0]), min_max True (this run False)"),
     ):
         save_encoder(path, tiny_vit(), SIZE, theirs)
         (found,) = faults_of(checks.check_encoder, path, ours)

@@ -362,6 +362,10 @@ def test_faulty_file(tmp_path, content, message):
         ({"patch_size": True}, "patch_size must be a positive integer, found True"),
         ({"channels": [1]}, "channels must be a list of names"),
         ({1: 2}, "unknown field 1"),
+        (
+            {"channel_files": ["_a"], "classification": {"task": "multiclass", "classes": ["a", "b"]}},
+            "channel_files cannot stand beside classification",
+        ),
         ({"labels": None}, "labels must map positive values to names"),
         ({"labels": {"liver": 1}}, r"labels must map positive values to names, {1: liver}, found {'liver': 1}"),
         ({"labels": {"liver": "liver"}}, "labels must map positive values to names, .* found value 'liver'"),
