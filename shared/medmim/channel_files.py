@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 from monai.data.folder_layout import default_name_formatter
 
 logger = logging.getLogger(__name__)
@@ -17,17 +18,22 @@ LISTED = 5  # faults that a message names
 
 
 def group_channels(
-    paths: Sequence[Path], endings: Sequence[str], folder: Path, label_ending: str | None = None
+    paths: Sequence[Path],
+    endings: Sequence[str],
+    folder: Path,
+    label_ending: str | None = None,
+    known_labels: str = "",
 ) -> list[dict[str, Any]]:
     """Cases of files that share a folder and the part of their names before the ending.
 
     Args:
-        paths: files; those with none of the endings, such as label maps, are left out.
+        paths: files; those that are of no case are left out, and told.
         endings: of each channel's name before the suffix, in the order of the channels: ``["_t1", "_t2"]``. Of several
             that fit a name the longest counts.
         folder: of the data, for messages.
         label_ending: of the label map's name. It lies in the same folder, or, of images in ``images`` or ``imagesTr``,
             in ``labels`` or ``labelsTr`` beside it. ``None`` looks for none.
+        known_labels: ending of label maps that are not looked for, so that they are no unknown files.
 
     Returns:
         ``{"image": [path, ...]}``, one path for each channel, with ``label`` when it was asked for; sorted.
@@ -44,12 +50,11 @@ def group_channels(
             cases.setdefault(case, {}).setdefault(ending, []).append(path)
     if not cases:
         raise ValueError(
-            f"--dataset_dir {folder}: no NIfTI file whose name ends in {', '.join(endings)} in it or below: give the "
-            "endings of yours (channel_files of the preset; --channel_files in inference)"
+            f"--dataset_dir {folder}: no NIfTI file whose name is that of a case and then {' or '.join(endings)} in it "
+            "or below: give the endings of yours (channel_files of the preset; in inference --channel_files, '[]' "
+            "where a file holds all channels)"
         )
-    others = len(paths) - sum(len(files) for case in cases.values() for files in case.values())
-    if others:
-        logger.info(f"{folder}: {others} files left out, their names do not end in {', '.join(endings)}")
+    _tell_others(paths, cases, folder, known_labels if label_ending is None else label_ending)
     items: list[dict[str, Any]] = []
     faults: list[str] = []
     for case, found in sorted(cases.items()):
@@ -61,6 +66,19 @@ def group_channels(
         more = f" (and {len(faults) - LISTED} more)" if len(faults) > LISTED else ""
         raise ValueError("; ".join(faults[:LISTED]) + more)
     return items
+
+
+def _tell_others(
+    paths: Sequence[Path], cases: Mapping[Path, Mapping[str, Sequence[Path]]], folder: Path, label_ending: str
+) -> None:
+    """Tell files that are neither a channel nor a label map of a case."""
+    used = {path for found in cases.values() for files in found.values() for path in files}
+    used |= {path for case in cases for path in _labels_of(case, label_ending)}
+    others = [path for path in paths if path not in used]
+    if others and idist.get_rank() == 0:
+        logger.warning(
+            f"{folder}: {len(others)} NIfTI files belong to no case and are left out, for example {others[0]}"
+        )
 
 
 def _one(files: Sequence[Path], case: Path, ending: str, faults: list[str], what: str = "") -> str:

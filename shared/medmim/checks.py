@@ -130,9 +130,14 @@ def check_device(device: Any) -> None:
         ) from error
 
 
-def check_preset(dataset: Any, spacing_factor: Any = 1.0) -> None:
-    """Refuse a ``--dataset`` that is no preset, or a factor it cannot take; see :func:`medmim.datasets.get_preset`."""
-    get_preset(dataset, spacing_factor)
+def check_preset(dataset: Any, spacing_factor: Any = 1.0, segmentation: bool = False) -> None:
+    """Refuse a ``--dataset`` that is no preset, or a factor it cannot take; see :func:`medmim.datasets.get_preset`.
+
+    For a segmentation it needs labels too.
+    """
+    preset = get_preset(dataset, spacing_factor)
+    if segmentation:
+        check_labels(preset)
 
 
 def check_data(
@@ -254,7 +259,12 @@ def check_encoder(
 
 
 def check_inference(
-    models_dir: str, dataset_dir: str, output_dir: str, read_scans: bool = True, channel_files: Any = ()
+    models_dir: str,
+    dataset_dir: str,
+    output_dir: str,
+    read_scans: bool = True,
+    channel_files: Any = None,
+    resized: bool = False,
 ) -> None:
     """Check model, output folder and scans of a prediction run.
 
@@ -263,7 +273,9 @@ def check_inference(
         dataset_dir: folder with NIfTI files.
         output_dir: folder that must be writable; it is made.
         read_scans: whether to read each scan.
-        channel_files: endings of the names of each channel's files, where they are files of their own.
+        channel_files: endings of the names of each channel's files, where they are files of their own; ``None`` takes
+            those of the model's preset.
+        resized: whether scans are resized as a whole, so that none is padded.
 
     Raises:
         ValueError: one line for each fault.
@@ -272,18 +284,19 @@ def check_inference(
     if Path(output_dir).resolve() == Path(dataset_dir).resolve():
         raise ValueError(f"--output_dir {output_dir}: the folder of the scans: choose another for the results")
     preset = read_preset(description)
+    channel_files = preset.channel_files if channel_files is None else channel_files
     faults = channel_file_faults(channel_files, preset.channels)
     if faults:
         raise ValueError(f"--channel_files {channel_files}: {faults[0]}")
     check_writable(output_dir, results=True)
-    items = find_items(dataset_dir, channel_files)
+    items = find_items(dataset_dir, channel_files, preset.label_file)
     files = [item["image"] if isinstance(item["image"], str) else item["image"][0] for item in items]
     twice = [name for name, count in Counter(map(_stem, files)).items() if count > 1]
     if twice:
         raise ValueError(f"{twice[0]}.nii and {twice[0]}.nii.gz would write the same result: keep one of them")
     logger.info(f"{len(items)} scans from {dataset_dir}")
     if read_scans:
-        check_scans(items, preset, roi_size=description["network"]["arguments"]["img_size"])
+        check_scans(items, preset, roi_size=None if resized else description["network"]["arguments"]["img_size"])
 
 
 def check_same_dataset(dataset: Any, description: dict[str, Any]) -> None:

@@ -62,20 +62,21 @@ def advice_to_unpack(folder: Path) -> str:
     return f", but {packed[0].name}: unpack it first: python -m medmim.medmnist {packed[0]} FOLDER" if packed else ""
 
 
-def find_items(folder: str | Path, channel_files: Sequence[str] = ()) -> list[Item]:
+def find_items(folder: str | Path, channel_files: Sequence[str] = (), label_file: str = "") -> list[Item]:
     """Every scan below a folder as ``{"image": path}``; see :func:`find_scans`.
 
     Args:
         folder: of the scans.
         channel_files: endings of names where each channel is a file of its own, which gives ``{"image": [path, ...]}``;
             see :func:`medmim.channel_files.group_channels`.
+        label_file: ending of the names of their label maps, which may lie there too.
 
     Raises:
         ValueError: when there is none, or a case lacks a channel.
     """
     scans = find_scans(folder)
     if channel_files:
-        return group_channels(scans, channel_files, Path(folder))
+        return group_channels(scans, channel_files, Path(folder), known_labels=label_file)
     return [{"image": str(path)} for path in scans]
 
 
@@ -179,7 +180,7 @@ def _read(root: Path, datalist: Path | None, labelled: bool, preset: Preset | No
     if preset is not None and preset.channel_files:
         folder = root / "imagesTr" if is_decathlon else root
         ending = preset.label_file if labelled else None
-        return group_channels(find_scans(folder), preset.channel_files, folder, ending), []
+        return group_channels(find_scans(folder), preset.channel_files, folder, ending, preset.label_file), []
     if is_decathlon:
         return _read_pairs(root), []
     if labelled:

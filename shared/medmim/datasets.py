@@ -166,8 +166,14 @@ def _faults(body: Mapping[str, Any]) -> list[str]:
         faults += channel_file_faults(body["channel_files"], names)
     if not isinstance(body["label_file"], str):
         faults.append(f"label_file must be the ending of a name, such as _seg, found {body['label_file']!r}")
-    if body["classification"] is not None and body["channel_files"]:
-        faults.append("channel_files cannot stand beside classification: each scan is one file of all channels")
+    elif body["label_file"] and body["label_file"] in body["channel_files"]:
+        faults.append(f"label_file {body['label_file']!r} is that of a channel (channel_files): give another")
+    if body["classification"] is not None:
+        for name, reason in (
+            ("channel_files", "each scan is one file of all channels"),
+            ("labels", "segmentation and classification take a preset each"),
+        ):
+            faults += [f"{name} cannot stand beside classification: {reason}"] if body[name] else []
     if body["classification"] is not None:
         try:
             Classification.from_dict(body["classification"])
@@ -186,6 +192,8 @@ def channel_file_faults(endings: Any, channels: Collection[str]) -> list[str]:
         return [f"channel_files must be a list of endings of names, such as [_t1, _t2], found {endings!r}"]
     if endings and len(endings) != len(channels):
         return [f"channel_files must give an ending for each of {len(channels)} channels, found {list(endings)}"]
+    if any(ending.endswith((".nii", ".gz")) for ending in endings):
+        return [f"channel_files must be endings without .nii.gz, such as _t1, found {list(endings)}"]
     if len(set(endings)) < len(endings):
         return [f"channel_files must differ, found {list(endings)}"]
     return []

@@ -106,11 +106,19 @@ class SaveEncoder:
         img_size: voxels along each axis that the encoder was built for.
         preset: the data it is trained on.
         interval: epochs between two writings; the last epoch is always written.
+        kept_apart: what tells the scans that are not trained on, see :func:`medmim.image_splits.kept_apart`.
     """
 
     def __init__(
-        self, models_dir: str, feature_extractor: nn.Module, img_size: Sequence[int], preset: Preset, interval: int
+        self,
+        models_dir: str,
+        feature_extractor: nn.Module,
+        img_size: Sequence[int],
+        preset: Preset,
+        interval: int,
+        kept_apart: Mapping[str, str] | None = None,
     ) -> None:
+        self.kept_apart = kept_apart
         self.models_dir = Path(models_dir)
         self.feature_extractor = feature_extractor
         self.encoder = find_encoder(feature_extractor)
@@ -128,7 +136,7 @@ class SaveEncoder:
 
     def __call__(self, engine: Engine) -> None:
         if engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs:
-            save_encoder(self.models_dir / "encoder.pt", self.encoder, self.img_size, self.preset)
+            save_encoder(self.models_dir / "encoder.pt", self.encoder, self.img_size, self.preset, self.kept_apart)
             save_model(self.models_dir, self.feature_extractor, self.img_size, self.preset)
 
 

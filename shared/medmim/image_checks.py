@@ -10,7 +10,7 @@ from typing import Any
 
 import ignite.distributed as idist
 
-from medmim.checks import check_encoder, is_number, is_whole
+from medmim.checks import is_number, is_whole
 from medmim.classification import class_weights
 from medmim.datalists import Datalist, Item
 from medmim.datasets import Preset, get_preset
@@ -156,19 +156,27 @@ def _tell_classes(split: Datalist, preset: Preset) -> None:
             logger.warning(f"{name}: no image has {' or '.join(absent)}: no score can be given, or nothing be learned")
 
 
-def check_image_encoder(path: str | None, preset: Preset, **kwargs: Any) -> None:
-    """:func:`medmim.checks.check_encoder`; says when pre-training may have seen the images that are kept apart here.
+def check_seen(path: str | None, split: Datalist, dataset_dir: str, preset: Preset) -> None:
+    """Say when pre-training may have seen the images that are kept apart here: other classes make another split.
 
-    The split depends on the classes, so another preset keeps other images apart.
+    Args:
+        path: ``encoder.pt``, whose description tells its preset and what it has kept apart; nothing is said without.
+        split: of this run.
+        dataset_dir: folder that names are relative to.
+        preset: of this run.
     """
-    check_encoder(path, preset, **kwargs)
     description = read_checkpoint(path)[1] if path else None
-    if description is not None and description["preset"]["name"] != preset.name and idist.get_rank() == 0:
-        logger.warning(
-            f"--pretrained_encoder {path}: pre-trained with preset {description['preset']['name']}, which may split "
-            f"the images otherwise: it may have seen those for validation and testing (without labels). Pre-train with "
-            f"--dataset {preset.name} and the same --fold, --folds and --test_fold to keep them apart"
-        )
+    if description is None or idist.get_rank() > 0:
+        return
+    trained_on, apart = description["preset"]["name"], description.get("kept_apart")
+    if trained_on == preset.name and apart in (None, kept_apart(split, dataset_dir)):
+        return
+    how = "other images were kept apart" if trained_on == preset.name else "which may split the images otherwise"
+    logger.warning(
+        f"--pretrained_encoder {path}: pre-trained with preset {trained_on}, {how}: it may have seen those for "
+        f"validation and testing (without labels). Pre-train with --dataset {preset.name} and the same --datalist, "
+        "--fold, --folds and --test_fold to keep them apart"
+    )
 
 
 def check_class_weights(split: Datalist, preset: Preset, how: Any) -> None:

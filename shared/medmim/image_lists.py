@@ -96,6 +96,9 @@ def load_image_list(
     _mark_official(items, root, classification)
     _check_twice(items)
     find_patients(items, None if classification is None else classification.patient_pattern, root)
+    unread = sum("label" not in item for item in items) if classification is not None else 0
+    if unread and idist.get_rank() == 0:
+        logger.info(f"{root}: no label can be read for {unread} of {len(items)} images, which are split last")
     if labelled:
         _check_labels(items, path or root)
     split = split_images(items, root, fold, folds, test_fold, split_seed)

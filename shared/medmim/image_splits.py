@@ -131,7 +131,7 @@ def _deal(items: list[Item], folds: int, split_seed: int) -> list[list[Item]]:
     random = np.random.RandomState(split_seed)
     parts: list[list[Item]] = [[] for _ in range(folds)]
     place = 0
-    for _, groups in sorted(by_class.items()):
+    for _, groups in sorted(by_class.items(), key=lambda entry: (entry[0] < 0, entry[0])):  # the unlabelled last
         for i in random.permutation(len(groups)):
             parts[place % folds] += groups[i]
             place += 1

@@ -70,7 +70,13 @@ class LoadReport:
         return ", ".join(parts)
 
 
-def save_encoder(path: str | Path, encoder: nn.Module, img_size: Sequence[int], preset: Preset) -> None:
+def save_encoder(
+    path: str | Path,
+    encoder: nn.Module,
+    img_size: Sequence[int],
+    preset: Preset,
+    kept_apart: Mapping[str, str] | None = None,
+) -> None:
     """Write ``encoder.pt``: ``{"state_dict": MONAI's own names, "description": ...}``.
 
     Args:
@@ -78,9 +84,11 @@ def save_encoder(path: str | Path, encoder: nn.Module, img_size: Sequence[int], 
         encoder: MONAI ``ViT`` or ``SwinTransformer``, or ``ConvViT``.
         img_size: voxels along each axis that it was built for.
         preset: the data that it was trained on.
+        kept_apart: what tells the scans that it has not seen, see :func:`medmim.image_splits.kept_apart`.
     """
     state_dict = {name: tensor.detach().cpu() for name, tensor in encoder.state_dict().items()}
-    content = {"state_dict": state_dict, "description": describe(encoder, img_size, preset)}
+    further = {} if kept_apart is None else {"kept_apart": dict(kept_apart)}
+    content = {"state_dict": state_dict, "description": describe(encoder, img_size, preset) | further}
     save_tensors(path, content)
 
 

@@ -113,7 +113,8 @@ def test_a_label_map_in_two_places(tmp_path: Path) -> None:
 def test_no_file_with_these_endings(tmp_path: Path) -> None:
     write(tmp_path / "a_flair.nii.gz")
     with pytest.raises(
-        ValueError, match=r"no NIfTI file whose name ends in _fla, _t1 in it or below: give the endings"
+        ValueError,
+        match=r"no NIfTI file whose name is that of a case and then _fla or _t1 in it or below: give the endings",
     ):
         find_items(tmp_path, ["_fla", "_t1"])
 

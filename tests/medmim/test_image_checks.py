@@ -13,7 +13,7 @@ from medmim.image_checks import (
     check_class_weights,
     check_evaluated,
     check_image_data,
-    check_image_encoder,
+    check_seen,
     check_volume_preset,
 )
 from medmim.image_lists import find_radiographs
@@ -183,15 +183,25 @@ def test_a_test_part_that_cannot_be_scored_is_refused(images, tmp_path):
 
 
 def test_encoder_of_another_preset_is_told(tmp_path, tiny_vit, caplog):
-    path = tmp_path / "encoder.pt"
-    save_encoder(path, tiny_vit(1, (16, 16), 8), [16, 16], get_radiograph_preset("cxr"))
-    with caplog.at_level(logging.WARNING, "medmim"):
-        check_image_encoder(str(path), get_radiograph_preset("cxr"))
-        check_image_encoder(None, get_radiograph_preset("cxr14"))
+    path, vit = tmp_path / "encoder.pt", tiny_vit(1, (16, 16), 8)
+    split = Datalist([{"image": f"{tmp_path}/a"}], [{"image": f"{tmp_path}/b"}], [{"image": f"{tmp_path}/c"}])
+    other = Datalist([{"image": f"{tmp_path}/c"}], [{"image": f"{tmp_path}/b"}])
+    cxr, cxr14 = get_radiograph_preset("cxr"), get_radiograph_preset("cxr14")
+
+    def said(seen: dict | None, preset: Preset) -> str:
+        caplog.clear()
+        save_encoder(path, vit, [16, 16], cxr, seen)
+        with caplog.at_level(logging.WARNING, "medmim"):
+            check_seen(str(path), split, str(tmp_path), preset)
+        return caplog.text
+
+    assert said(None, cxr) == ""  # a file of an earlier version
+    assert said(kept_apart(split, tmp_path), cxr) == ""
+    assert "pre-trained with preset cxr, other images were kept apart: it may" in said(kept_apart(other, tmp_path), cxr)
+    assert "pre-trained with preset cxr, which may split the images otherwise" in said(None, cxr14)
+    caplog.clear()
+    check_seen(None, split, str(tmp_path), cxr14)
     assert caplog.text == ""
-    with caplog.at_level(logging.WARNING, "medmim"):
-        check_image_encoder(str(path), get_radiograph_preset("cxr14"))
-    assert "pre-trained with preset cxr, which may split the images otherwise" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["even", [1, 2], [1, 2, 0], [1, 2, -3], [1, 2, math.nan], [1, True, 2], 3, ["1", 2, 3]])

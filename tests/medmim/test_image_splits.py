@@ -272,3 +272,22 @@ def test_too_few_patients(make):
         load_image_list(root, preset())
     with pytest.raises(ValueError, match="3 images leave 3 for training and 0 for validation with --fold 1"):
         load_image_list(root, preset(), fold=1)
+
+
+def test_images_without_a_label_leave_the_others_where_they_are(tmp_path):
+    """Pre-training may see more images than fine-tuning has labels for: what is kept apart stays apart."""
+    lines = [[f"{i}.png", "a" if i % 3 else "b"] for i in range(30)]
+    for name, _ in lines:
+        (tmp_path / name).write_text(name)
+    own = preset()
+    with (tmp_path / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["image", "label"], *lines])
+    labelled = load_image_list(tmp_path, own, test_fold=1)
+    for extra in (1, 2, 7):
+        for i in range(extra):
+            (tmp_path / f"u{i}.png").write_text(f"u{i}")
+        with (tmp_path / "all.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["image", "label"], *lines, *[[f"u{i}.png", ""] for i in range(extra)]])
+        whole = load_image_list(tmp_path, own, tmp_path / "all.csv", labelled=False, test_fold=1)
+        assert set(names(labelled.test)) <= set(names(whole.test))
+        assert set(names(labelled.validation)) <= set(names(whole.validation))

@@ -14,7 +14,8 @@ class ConvViTClassifier(nn.Module):
 
     Zhuang et al., "MiM" (TMI 2025, arXiv 2404.15580), fine-tune their encoder for a diagnosis from chest CT. The
     latents are those of pre-training, with the convolutional stages added, whose mean MiM aligns between levels: each
-    pre-trained tensor is used, and only the head starts anew. (Without the convolutional stages a small network learned
+    pre-trained tensor is used; the head starts anew, and what changes nothing at its start (layer scale, relative
+    positions). (Without the convolutional stages a small network learned
     much more slowly.) Any image size goes in that 16 divides, anisotropic ones too, such as 384 x 384 x 32 voxels.
 
     Args:
