@@ -16,8 +16,8 @@ from medmim.datalists import Datalist, Item
 from medmim.datasets import Preset, get_preset
 from medmim.description import read_description
 from medmim.folders import writable_faults
+from medmim.image_lists import load_image_list
 from medmim.image_splits import kept_apart
-from medmim.splits import load_split
 from medmim.weights import read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def check_image_data(
     Args:
         preset: of the data.
         dataset_dir, datalist, labelled, fold, folds, test_fold, label_fraction: see
-            :func:`medmim.splits.load_split`.
+            :func:`medmim.image_lists.load_image_list`.
         output_dirs: folders that must be writable; they are made. The first is marked as one of results.
 
     Raises:
@@ -93,7 +93,7 @@ def check_image_data(
 
 def _split_faults(preset: Preset, dataset_dir: str, datalist: str | None, labelled: bool, *args: Any) -> list[str]:
     try:
-        split = load_split(dataset_dir, preset, datalist, labelled, *args)
+        split = load_image_list(dataset_dir, preset, datalist, labelled, *args)
     except (ValueError, TypeError) as error:
         return [str(error)]
     if idist.get_rank() == 0:

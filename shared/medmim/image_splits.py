@@ -140,10 +140,15 @@ def _deal(items: list[Item], folds: int, split_seed: int) -> list[list[Item]]:
 
 def kept_apart(split: Datalist, dataset_dir: str | Path) -> dict[str, str]:
     """A short text for the validation and the test images, which changes with their names below the folder."""
+
+    def name(item: Item) -> str | list[str]:
+        image = item["image"]
+        if isinstance(image, str):
+            return os.path.relpath(image, dataset_dir)
+        return [os.path.relpath(path, dataset_dir) for path in image]  # a file for each channel
+
     return {
-        part: hashlib.sha256(
-            repr(sorted(os.path.relpath(item["image"], dataset_dir) for item in items)).encode()
-        ).hexdigest()[:16]
+        part: hashlib.sha256(repr(sorted(map(name, items), key=str)).encode()).hexdigest()[:16]
         for part, items in (("validation", split.validation), ("test", split.test))
     }
 

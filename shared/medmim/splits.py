@@ -21,14 +21,14 @@ def load_split(
 ) -> Datalist:
     """Scans of a data set, split as its task needs it.
 
-    A preset with classes (and any of radiographs) has a list of images, split by patient:
+    A preset with classes has a list of images, split by patient:
     :func:`medmim.image_lists.load_image_list`; any other a Decathlon list: :func:`medmim.datalists.load_datalist`.
     Pre-training and fine-tuning with the same preset and knobs keep the same scans apart.
 
     Raises:
         ValueError: one line that names the file or knob.
     """
-    if preset.classification is not None or len(preset.roi_size) == 2:
+    if preset.classification is not None:
         return load_image_list(dataset_dir, preset, datalist, labelled, fold, folds, test_fold, label_fraction)
     return load_datalist(
         dataset_dir, datalist, labelled, fold, folds, label_fraction, test_fold=test_fold, preset=preset

@@ -74,7 +74,6 @@ def test_pretraining_and_classification_keep_the_same_volumes_apart(folder):
     assert set(names(splits[0].training)) == set(names(splits[1].training))
 
 
-def test_radiographs_without_classes_are_images_too(folder):
-    split = load_split(folder, preset(2), labelled=False, fold=1, folds=4)
-    assert split == load_image_list(folder, preset(2), labelled=False, fold=1, folds=4)
-    assert all(name.endswith(".png") for name in names(split.training))
+def test_scans_of_two_axes_without_classes_are_scans(folder):
+    split = load_split(folder, preset(2), labelled=False, **KNOBS)
+    assert split == load_datalist(folder, None, False, 1, 4, 0.5, test_fold=3)

@@ -470,7 +470,7 @@ def edit(path: Path, change: dict[str, Any]) -> None:
     ("bundle", "options", "says"),
     [
         ("unetr_segmentaton", {}, "no such bundle (did you mean unetr_segmentation or swin_unetr_segmentation?)"),
-        ("tests", {}, "tests: no such bundle; there are convvit_unetr_segmentation"),
+        ("tests", {}, "tests: no such bundle; there are convvit_ct_classification"),
         (MAE, {"weights": "missing/model.pt"}, "--weights missing/model.pt: no such file"),
         (MAE, {"weights": "."}, "--weights .: a folder: give the file model.pt in it"),
         (MAE, {"weights_license": ""}, "--weights_license : expected a text"),
