@@ -114,9 +114,9 @@ def radiographs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def lesions_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Synthetic scans with and without lesions, 15 patients; not to be changed by a test."""
+    """Synthetic scans with and without lesions, 14 patients, 16 for training in fold 0; not to be changed by a test."""
     folder = tmp_path_factory.mktemp("lesions")
-    write_phantom_lesions(folder, 15)
+    write_phantom_lesions(folder, 14)
     return folder
 
 
