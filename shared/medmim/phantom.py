@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from scipy.ndimage import gaussian_filter
+
+from medmim.phantom_folders import write_decathlon
 
 LABELS = {"background": 0, "liver": 1, "spleen": 2, "left kidney": 3, "right kidney": 4, "spine": 5}
 SPACING = (3.0, 3.0, 5.0)  # mm, anisotropic as clinical CT
@@ -87,40 +88,12 @@ def write_phantom(folder: str | Path, n_cases: int = 24, seed: int = 0) -> None:
     Raises:
         ValueError: when the folder holds anything else.
     """
-    folder = Path(folder)
-    listed = folder / "dataset.json"
-    if folder.is_dir() and any(folder.iterdir()) and not _is_phantom(listed):
-        raise ValueError(
-            f"--dataset_dir {folder}: holds other data, phantom scans are not written into it: for a small network on "
-            "data of your own leave demo.yaml away and set its knobs"
-        )
-    affine = np.diag([*SPACING, 1.0])
-    affine[:3, 3] = [-s * (n - 1) / 2 for n, s in zip(SIZE, SPACING, strict=True)]
-    training = []
-    for sub in ("imagesTr", "labelsTr"):
-        (folder / sub).mkdir(parents=True, exist_ok=True)
-    for i in range(n_cases):
-        name = f"phantom_{seed + i:03d}.nii.gz"
-        training.append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
-        if (folder / "imagesTr" / name).is_file() and (folder / "labelsTr" / name).is_file():
-            continue
-        image, label = phantom_case(seed + i)
-        nib.save(nib.Nifti1Image(image, affine), folder / "imagesTr" / name)
-        nib.save(nib.Nifti1Image(label, affine), folder / "labelsTr" / name)
-    content = {
-        "name": "phantom",
-        "description": "Synthetic torso CT, made by medmim.phantom",
-        "licence": "Apache-2.0",
-        "modality": {"0": "CT"},
-        "labels": {str(value): name for name, value in LABELS.items()},
-        "numTraining": n_cases,
-        "training": training,
-    }
-    listed.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _is_phantom(listed: Path) -> bool:
-    try:
-        return bool(json.loads(listed.read_text(encoding="utf-8"))["name"] == "phantom")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    write_decathlon(
+        folder,
+        name="phantom",
+        description="Synthetic torso CT, made by medmim.phantom",
+        channels=["CT"],
+        labels=LABELS,
+        spacing=SPACING,
+        cases={f"phantom_{seed + i:03d}": partial(phantom_case, seed + i) for i in range(n_cases)},
+    )

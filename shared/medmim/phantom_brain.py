@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from scipy.ndimage import gaussian_filter
+
+from medmim.phantom_folders import write_decathlon
 
 CHANNELS = ("FLAIR", "T1", "T1c", "T2")
 LABELS = {"background": 0, "edema": 1, "non-enhancing tumour": 2, "enhancing tumour": 3}  # as MSD Task01 has them
@@ -80,38 +81,12 @@ def write_phantom_brain(folder: str | Path, n_cases: int = 24, seed: int = 0) ->
     Raises:
         ValueError: when the folder holds anything else.
     """
-    folder = Path(folder)
-    listed = folder / "dataset.json"
-    if folder.is_dir() and any(folder.iterdir()) and not _is_phantom(listed):
-        raise ValueError(
-            f"--dataset_dir {folder}: holds other data, phantom heads are not written into it: for a small network on "
-            "data of your own leave demo.yaml away and set its knobs"
-        )
-    affine = np.diag([*SPACING, 1.0])
-    affine[:3, 3] = [-s * (n - 1) / 2 for n, s in zip(SIZE, SPACING, strict=True)]
-    names = [f"head_{seed + i:03d}.nii.gz" for i in range(n_cases)]
-    for sub in ("imagesTr", "labelsTr"):
-        (folder / sub).mkdir(parents=True, exist_ok=True)
-    content = {
-        "name": "phantom_brain",
-        "description": "Synthetic head MR of four channels with a tumour, made by medmim.phantom_brain",
-        "licence": "Apache-2.0",
-        "modality": {str(number): name for number, name in enumerate(CHANNELS)},
-        "labels": {str(value): name for name, value in LABELS.items()},
-        "numTraining": n_cases,
-        "training": [{"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in names],
-    }
-    listed.write_text(json.dumps(content, indent=2) + "\n")  # first, so that a break leaves a folder of ours
-    for number, name in enumerate(names):
-        if (folder / "imagesTr" / name).is_file() and (folder / "labelsTr" / name).is_file():
-            continue
-        image, label = phantom_brain_case(seed + number)
-        nib.save(nib.Nifti1Image(image, affine), folder / "imagesTr" / name)
-        nib.save(nib.Nifti1Image(label, affine), folder / "labelsTr" / name)
-
-
-def _is_phantom(listed: Path) -> bool:
-    try:
-        return bool(json.loads(listed.read_text(encoding="utf-8"))["name"] == "phantom_brain")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    write_decathlon(
+        folder,
+        name="phantom_brain",
+        description="Synthetic head MR of four channels with a tumour, made by medmim.phantom_brain",
+        channels=CHANNELS,
+        labels=LABELS,
+        spacing=SPACING,
+        cases={f"head_{seed + i:03d}": partial(phantom_brain_case, seed + i) for i in range(n_cases)},
+    )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
+from functools import partial
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from medmim.phantom import LABELS, SIZE, SPACING, phantom_case
+from medmim.phantom_folders import nifti, write_listed
 
 CLASSES = ("normal", "cyst", "tumour")
 MARK = "medmim.phantom_lesions"  # stands in the list, so that other data are not written over
@@ -55,28 +55,14 @@ def write_phantom_lesions(folder: str | Path, n_patients: int = 60, seed: int = 
     Raises:
         ValueError: when the folder holds anything else.
     """
-    folder = Path(folder)
-    listed = folder / "labels.csv"
-    ours = listed.is_file() and MARK in listed.read_text(errors="replace")
-    if folder.is_dir() and any(folder.iterdir()) and not ours:
-        raise ValueError(
-            f"--dataset_dir {folder}: holds other data, phantom scans are not written into it: for a small network on "
-            "data of your own leave demo.yaml away and set its knobs"
-        )
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows, seeds = [], {}
+    rows, files = [], {}
     for patient in range(n_patients):
         for visit in range(1 + (patient % 3 == 0)):
             name, kind = f"images/patient{patient:04d}_{visit}.nii.gz", CLASSES[(patient // 3 + patient) % len(CLASSES)]
-            rows.append({"image": name, "label": kind, "patient": f"patient{patient:04d}", "source": MARK})
-            seeds[name] = seed + 10 * patient + visit
-    with listed.open("w", newline="", encoding="utf-8") as file:  # first, so that a break leaves a folder of ours
-        writer = csv.DictWriter(file, ["image", "label", "patient", "source"])
-        writer.writeheader()
-        writer.writerows(rows)
-    affine = np.diag([*SPACING, 1.0])
-    affine[:3, 3] = [-s * (n - 1) / 2 for n, s in zip(SIZE, SPACING, strict=True)]
-    for row in rows:
-        if not (folder / row["image"]).is_file():
-            volume = lesion_case(seeds[row["image"]], row["label"])
-            nib.save(nib.Nifti1Image(volume, affine), folder / row["image"])
+            rows.append({"image": name, "label": kind, "patient": f"patient{patient:04d}"})
+            files[name] = partial(_write_case, seed=seed + 10 * patient + visit, kind=kind)
+    write_listed(folder, rows, MARK, files)
+
+
+def _write_case(path: Path, seed: int, kind: str) -> None:
+    nifti(lesion_case(seed, kind), SPACING)(path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import csv
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter, zoom
+
+from medmim.phantom_folders import write_listed
 
 FINDINGS = ("effusion", "nodule")
 MARK = "synthetic, made by medmim"  # in the list's column source
@@ -59,26 +61,12 @@ def write_phantom_radiographs(folder: str | Path, n_patients: int = 160, seed: i
     Raises:
         ValueError: when the folder holds anything else.
     """
-    folder = Path(folder)
-    listed = folder / "labels.csv"
-    ours = listed.is_file() and MARK in listed.read_text(errors="replace")
-    if folder.is_dir() and any(folder.iterdir()) and not ours:
-        raise ValueError(
-            f"--dataset_dir {folder}: holds other data, synthetic radiographs are not written into it: for a small "
-            "network on data of your own leave demo.yaml away and set its knobs"
-        )
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    images, rows = {}, []
+    rows, files = [], {}
     for patient in range(n_patients):
         for visit in range(1 + (patient % 3 == 0)):
             name = f"images/patient{patient:04d}_{visit}.png"
             size = (112, 96) if patient % 2 else (96, 112)
-            images[name], found = phantom_radiograph(seed + 10 * patient + visit, size)
-            rows.append({"image": name, "patient": f"patient{patient:04d}", **found, "source": MARK})
-    with listed.open("w", newline="", encoding="utf-8") as file:  # first, so that a break leaves a folder of ours
-        writer = csv.DictWriter(file, ["image", "patient", *FINDINGS, "source"])
-        writer.writeheader()
-        writer.writerows(rows)
-    for name, image in images.items():
-        if not (folder / name).is_file():
-            Image.fromarray(image).save(folder / name)
+            image, found = phantom_radiograph(seed + 10 * patient + visit, size)
+            rows.append({"image": name, "patient": f"patient{patient:04d}", **found})
+            files[name] = partial(Image.fromarray(image).save, format="PNG")
+    write_listed(folder, rows, MARK, files)

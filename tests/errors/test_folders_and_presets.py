@@ -92,5 +92,5 @@ def test_demo_does_not_write_into_other_data(one_line: Callable, data: Path) -> 
     listed = json.loads((data / "dataset.json").read_text()) | {"name": "mine"}
     (data / "dataset.json").write_text(json.dumps(listed))
     message = one_line(MAE, "train", "demo", dataset_dir=data)
-    assert message.startswith(f"--dataset_dir {data}: holds other data, phantom scans are not written into it")
+    assert message.startswith(f"--dataset_dir {data}: holds other data, phantom data are not written into it")
     assert json.loads((data / "dataset.json").read_text()) == listed

@@ -81,21 +81,3 @@ def test_it_suits_its_preset(folder, preset):
     split = load_datalist(folder, folds=3)
     assert len(split.training) == 2
     check_scans(split, preset)
-
-
-def test_cases_that_are_there_are_kept(folder):
-    path = folder / "imagesTr" / "phantom_005.nii.gz"
-    before = path.stat().st_mtime_ns
-    write_phantom(folder, n_cases=3, seed=5)
-    assert path.stat().st_mtime_ns == before
-    (folder / "labelsTr" / "phantom_005.nii.gz").unlink()
-    write_phantom(folder, n_cases=3, seed=5)
-    assert (folder / "labelsTr" / "phantom_005.nii.gz").is_file()
-
-
-def test_foreign_data_are_left_alone(tmp_path):
-    (tmp_path / "dataset.json").write_text('{"name": "mine", "training": []}')
-    with pytest.raises(ValueError, match="holds other data, phantom scans are not written into it"):
-        write_phantom(tmp_path, 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
-    assert json.loads((tmp_path / "dataset.json").read_text())["name"] == "mine"

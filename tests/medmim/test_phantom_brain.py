@@ -4,7 +4,6 @@ import json
 
 import nibabel as nib
 import numpy as np
-import pytest
 
 from medmim.datalists import load_datalist
 from medmim.datasets import get_preset
@@ -58,10 +57,3 @@ def test_files_suit_the_preset(tmp_path):
     kept = (tmp_path / "imagesTr" / "head_002.nii.gz").stat().st_mtime_ns
     write_phantom_brain(tmp_path, 4, seed=2)
     assert (tmp_path / "imagesTr" / "head_002.nii.gz").stat().st_mtime_ns == kept
-
-
-def test_foreign_data_are_left_alone(tmp_path):
-    (tmp_path / "dataset.json").write_text('{"name": "phantom", "training": []}')
-    with pytest.raises(ValueError, match="holds other data, phantom heads are not written into it"):
-        write_phantom_brain(tmp_path, 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]

@@ -103,24 +103,3 @@ def test_it_suits_its_preset(folder):
     held = {Path(item["image"]).name[:11] for item in unlabelled.validation}
     assert len(held) == 1
     assert not any(Path(item["image"]).name[:11] in held for item in unlabelled.training)
-
-
-def test_scans_that_are_there_are_kept(folder):
-    kept, lost = (folder / "images" / f"patient000{number}_0.nii.gz" for number in (1, 2))
-    contents = [kept.read_bytes(), (folder / "labels.csv").read_bytes()]
-    before = kept.stat().st_mtime_ns
-    lost.unlink()
-    write_phantom_lesions(folder, n_patients=4, seed=2)
-    assert kept.stat().st_mtime_ns == before
-    assert [kept.read_bytes(), (folder / "labels.csv").read_bytes()] == contents
-    assert lost.is_file()
-
-
-@pytest.mark.parametrize("content", [None, b"image,label\nimages/1.nii.gz,cyst\n", b"\xff\xfe"])
-def test_other_data_are_left_alone(tmp_path, content):
-    path = tmp_path / ("scan.nii.gz" if content is None else "labels.csv")
-    path.write_bytes(content or b"")
-    with pytest.raises(ValueError, match=f"^--dataset_dir {tmp_path}: holds other data, phantom scans are not written"):
-        write_phantom_lesions(tmp_path, 1)
-    assert list(tmp_path.iterdir()) == [path]
-    assert path.read_bytes() == (content or b"")

@@ -135,12 +135,3 @@ def test_phantom_suits_its_preset_and_is_kept(tmp_path, caplog):
     assert kept.read_bytes() == b"kept"
     assert (root / "images" / "patient0003_1.png").is_file()
     assert (root / "labels.csv").read_bytes() == before
-
-
-@pytest.mark.parametrize("content", [None, b"image,label\n", b"\xff\xfe"])
-def test_phantom_does_not_write_into_other_data(tmp_path, content):
-    path = tmp_path / ("scan.dcm" if content is None else "labels.csv")
-    path.write_bytes(content or b"")
-    with pytest.raises(ValueError, match=f"^--dataset_dir {tmp_path}: holds other data, synthetic radiographs are not"):
-        write_phantom_radiographs(tmp_path, 2)
-    assert list(tmp_path.iterdir()) == [path]
