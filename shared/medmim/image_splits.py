@@ -107,8 +107,9 @@ def split_images(
     if not split["training"] or not split["validation"]:
         raise ValueError(
             f"--dataset_dir {root}: {len(items)} images leave {len(split['training'])} for training and "
-            f"{len(split['validation'])} for validation with --fold {fold} of --folds {folds}: add images or patients, "
-            "or lower folds"
+            f"{len(split['validation'])} for validation with --fold {fold} of --folds {folds}"
+            + ("" if test_fold is None else f" and {len(split['test'])} for testing with --test_fold {test_fold}")
+            + f": add images or patients, or {'raise' if len(drawn) == folds else 'lower'} folds"
         )
     if test_fold is not None and not split["test"]:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -272,6 +273,16 @@ def test_too_few_patients(make):
         load_image_list(root, preset())
     with pytest.raises(ValueError, match="3 images leave 3 for training and 0 for validation with --fold 1"):
         load_image_list(root, preset(), fold=1)
+
+
+def test_no_part_is_left_for_training(make):
+    root = make([(name, f"p{number}") for number, name in enumerate("abcabcab")])
+    message = (
+        f"--dataset_dir {root}: 8 images leave 0 for training and 4 for validation with --fold 0 of --folds 2 and 4 "
+        "for testing with --test_fold 1: add images or patients, or raise folds"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        load_image_list(root, preset(), folds=2, test_fold=1)
 
 
 def test_images_without_a_label_leave_the_others_where_they_are(tmp_path):
