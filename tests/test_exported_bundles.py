@@ -150,7 +150,7 @@ def test_two_processes(bundle: str, python: str, unzipped: Callable[..., Path]) 
     before = (folder / "models" / "model.pt").read_bytes()
     torchrun = [str(Path(python).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
     files = configs(folder, "train.yaml", "demo.yaml", "multi_gpu_train.yaml")
-    knobs = DEMO_KNOBS[bundle] | {"folds": 3 if bundle in CLASSIFICATION else 2}  # which keeps a part for testing
+    knobs = DEMO_KNOBS[bundle] | {"folds": 3 if bundle in WHOLE else 2}  # these keep a part for testing
     output = call([*torchrun, "-m", "monai.bundle", "run", *files, *options(**knobs)])
     assert output.count("epoch 2/2: train_loss") == 1
     assert (folder / "models" / "model.pt").read_bytes() != before
