@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -17,13 +16,10 @@ import ignite.distributed as idist
 import torch
 from monai.utils import ensure_tuple_rep
 
-from medmim.datalists import find_items
-from medmim.datasets import Preset, channel_file_faults, get_preset
-from medmim.description import read_description, read_preset
+from medmim.datasets import Preset, get_preset
 from medmim.encoders import KINDS
-from medmim.folders import check_writable, writable_faults
+from medmim.folders import writable_faults
 from medmim.networks.patches import grid_size
-from medmim.scan_checks import check_scans
 from medmim.splits import load_split
 from medmim.state_dicts import as_knob
 from medmim.transforms import hidden_count
@@ -258,62 +254,6 @@ def check_encoder(
         raise ValueError("\n".join(faults))
 
 
-def check_inference(
-    models_dir: str,
-    dataset_dir: str,
-    output_dir: str,
-    read_scans: bool = True,
-    channel_files: Any = None,
-    resized: bool = False,
-) -> None:
-    """Check model, output folder and scans of a prediction run.
-
-    Args:
-        models_dir: folder with ``model.pt`` and ``model.json``.
-        dataset_dir: folder with NIfTI files.
-        output_dir: folder that must be writable; it is made.
-        read_scans: whether to read each scan.
-        channel_files: endings of the names of each channel's files, where they are files of their own; ``None`` takes
-            those of the model's preset.
-        resized: whether scans are resized as a whole, so that none is padded.
-
-    Raises:
-        ValueError: one line for each fault.
-    """
-    description = read_description(Path(models_dir) / "model.json")
-    if Path(output_dir).resolve() == Path(dataset_dir).resolve():
-        raise ValueError(f"--output_dir {output_dir}: the folder of the scans: choose another for the results")
-    preset = read_preset(description)
-    channel_files = preset.channel_files if channel_files is None else channel_files
-    faults = channel_file_faults(channel_files, preset.channels)
-    if faults:
-        raise ValueError(f"--channel_files {channel_files}: {faults[0]}")
-    check_writable(output_dir, results=True)
-    items = find_items(dataset_dir, channel_files, preset.label_file)
-    files = [item["image"] if isinstance(item["image"], str) else item["image"][0] for item in items]
-    twice = [name for name, count in Counter(map(_stem, files)).items() if count > 1]
-    if twice:
-        raise ValueError(f"{twice[0]}.nii and {twice[0]}.nii.gz would write the same result: keep one of them")
-    logger.info(f"{len(items)} scans from {dataset_dir}")
-    if read_scans:
-        check_scans(items, preset, roi_size=None if resized else description["network"]["arguments"]["img_size"])
-
-
-def check_same_dataset(dataset: Any, description: dict[str, Any]) -> None:
-    """Refuse a ``--dataset`` that is not the one a model was trained on; a model knows its own preset.
-
-    Args:
-        dataset: name given on the command line; anything but a string passes.
-        description: of the model.
-
-    Raises:
-        ValueError: naming both.
-    """
-    trained_on = description["preset"]["name"]
-    if isinstance(dataset, str) and Path(dataset).stem != trained_on:
-        raise ValueError(f"--dataset {dataset}: the model was trained on {trained_on}: leave --dataset away")
-
-
 def check_sizes(
     roi_size: Sequence[int],
     patch_size: Sequence[int] | int,
@@ -364,10 +304,6 @@ def check_sizes(
         raise ValueError(f"--{error}") from error
     if count == 0:
         raise ValueError(f"--mask_ratio {mask_ratio} hides none of {n_units} units: there would be nothing to learn")
-
-
-def _stem(path: str) -> str:
-    return path.removesuffix(".gz").removesuffix(".nii")
 
 
 def is_whole(value: Any) -> bool:

@@ -28,6 +28,7 @@ from medmim import (
     command_line,
     folders,
     image_checks,
+    inference_checks,
     mim_checks,
     mim_reconstruct,
     networks,
@@ -274,7 +275,7 @@ check_convvit = lists_faults(mim_checks.check_convvit)
 check_data = lists_faults(checks.check_data)
 check_device = lists_faults(checks.check_device)
 check_encoder = lists_faults(checks.check_encoder)
-check_inference = lists_faults(checks.check_inference)
+check_inference = lists_faults(inference_checks.check_inference)
 check_evaluated = lists_faults(image_checks.check_evaluated)
 check_image_data = lists_faults(image_checks.check_image_data)
 check_image_inference = lists_faults(radiograph_checks.check_image_inference)
@@ -287,7 +288,8 @@ check_processes = lists_faults(command_line.check_processes)
 check_radiograph_preset = lists_faults(radiograph_checks.check_radiograph_preset)
 check_radiographs = lists_faults(radiograph_checks.check_radiographs)
 check_resume = lists_faults(folders.check_resume)
-check_same_dataset = ends_plainly(checks.check_same_dataset)
+check_same_dataset = ends_plainly(inference_checks.check_same_dataset)
+check_task = ends_plainly(inference_checks.check_task)
 check_schedule = lists_faults(checks.check_schedule)
 check_scans = lists_faults(scan_checks.check_scans)
 check_seen = lists_faults(image_checks.check_seen)

@@ -135,6 +135,13 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {kind.name: kind.build for kind 
 }
 
 
+def task_of(network: str) -> str:
+    """Kind of bundle that trains a network of this name: ``pretraining``, ``segmentation`` or ``classification``."""
+    if network == "FeatureExtractor":
+        return "pretraining"
+    return "classification" if network.endswith("Classifier") else "segmentation"
+
+
 def build_network(description: dict[str, Any]) -> nn.Module:
     """Build the network that a description speaks of, with fresh weights.
 

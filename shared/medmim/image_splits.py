@@ -79,15 +79,23 @@ def _class_of(group: Sequence[Item], counts: Mapping[int, int]) -> int:
 def split_images(
     items: list[Item], root: Path, fold: int, folds: int, test_fold: int | None, split_seed: int
 ) -> dict[str, list[Item]]:
-    """Parts ``training``, ``validation`` and ``test``; what an item says under ``split`` holds.
+    """Parts ``training``, ``validation`` and ``test``.
+
+    What an item says under ``split`` holds, for other items of its patient too that say nothing (of two parts the one
+    that is further from training). What then is left is dealt out; where nothing is left, the items for training are.
 
     Raises:
         ValueError: when parts would be empty, or two knobs contradict each other or the list.
     """
     items = sorted(items, key=lambda item: str(item["image"]))
     split: dict[str, list[Item]] = {"training": [], "validation": [], "test": []}
-    for item in items:
-        split[item.get("split", "training")].append(item)
+    open_items: list[Item] = []  # of which nothing is said, nor of another image of the patient
+    for group in _groups(items):
+        said = {item["split"] for item in group if "split" in item}
+        strictest = next((part for part in ("test", "validation", "training") if part in said), None)
+        for item in group:
+            part = item.get("split", strictest)
+            (open_items if part is None else split[part]).append(item)
     for knob, number in (("fold", fold), ("test_fold", test_fold)):
         if number is not None and not 0 <= number < folds:
             raise ValueError(f"--{knob} {number} of --folds {folds}: {knob} must lie in 0 … folds - 1")
@@ -98,10 +106,13 @@ def split_images(
     drawn = {} if split["validation"] else {fold: "validation"}
     drawn |= {} if test_fold is None else {test_fold: "test"}
     if drawn:
-        dealt = _deal(split["training"], folds, split_seed)
-        split["training"] = [item for part in range(folds) if part not in drawn for item in dealt[part]]
-        for part, name in drawn.items():
-            split[name] = dealt[part]
+        if not open_items:  # a list that names training images only
+            open_items, split["training"] = split["training"], []
+        dealt = _deal(sorted(open_items, key=lambda item: str(item["image"])), folds, split_seed)
+        for number, part_items in enumerate(dealt):
+            split[drawn.get(number, "training")] += part_items
+    else:
+        split["training"] += open_items
     if not drawn and not split["training"]:
         raise ValueError(f"{root}: the list names no image for training, {len(split['validation'])} for validation")
     if not split["training"] or not split["validation"]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.common import MAE, UNETR, both, models_of, spoil
+from tests.common import CONVVIT_CT, MAE, MAE_CXR, MIM, UNETR, VIT_CXR, both, models_of, spoil
 
 
 @pytest.mark.parametrize(
@@ -107,3 +107,23 @@ def test_evaluation_with_other_knobs_than_training(one_line: Callable, pretraine
     models = finetuned / "models"
     found = one_line(UNETR, "train", "evaluate", models_dir=models, num_heads=6)
     assert found == f"{models / 'model.json'}: other knobs than it was trained with: give --num_heads 4"
+
+
+@pytest.mark.parametrize(
+    ("bundle", "model", "found"),
+    [
+        (UNETR, "pretrained", "a model of pretraining in 3D, expected one of segmentation in 3D"),
+        (MAE, "finetuned", "a model of segmentation in 3D, expected one of pretraining in 3D"),
+        (MIM, "finetuned", "a model of segmentation in 3D, expected one of pretraining in 3D"),
+        (CONVVIT_CT, "finetuned", "a model of segmentation in 3D, expected one of classification in 3D"),
+        (CONVVIT_CT, "pretrained_cxr", "a model of pretraining in 2D, expected one of classification in 3D"),
+        (VIT_CXR, "pretrained_cxr", "a model of pretraining in 2D, expected one of classification in 2D"),
+        (MAE_CXR, "pretrained", "a model of pretraining in 3D, expected one of pretraining in 2D"),
+    ],
+)
+def test_model_of_another_kind_of_bundle_for_inference(
+    one_line: Callable, request: pytest.FixtureRequest, tmp_path: Path, bundle: str, model: str, found: str
+) -> None:
+    models = request.getfixturevalue(model) / "models"
+    assert one_line(bundle, "inference", models_dir=models).startswith(f"--models_dir {models}: {found}: give ")
+    assert not (tmp_path / "output").exists()

@@ -275,6 +275,41 @@ def test_too_few_patients(make):
         load_image_list(root, preset(), fold=1)
 
 
+def listed_with_splits(tmp_path, rows):
+    """Images ``name, patient, split``, all of one class in turn."""
+    for name, _, _ in rows:
+        (tmp_path / name).write_text(name)
+    with (tmp_path / "labels.csv").open("w", newline="") as file:
+        lines = [[name, "ab"[i % 2], patient, split] for i, (name, patient, split) in enumerate(rows)]
+        csv.writer(file).writerows([["image", "label", "patient", "split"], *lines])
+    return tmp_path
+
+
+def test_other_images_of_a_listed_patient_follow(tmp_path, caplog):
+    rows = [("a0.png", "a", "test"), ("a1.png", "a", ""), ("b0.png", "b", "val"), ("b1.png", "b", "")]
+    rows += [(f"c{i}.png", f"c{i}", "") for i in range(4)]
+    found = load_image_list(listed_with_splits(tmp_path, rows), preset())
+    assert set(names(found.test)) == {"a0.png", "a1.png"}
+    assert set(names(found.validation)) == {"b0.png", "b1.png"}
+    assert set(names(found.training)) == {f"c{i}.png" for i in range(4)}
+    assert "stand in two parts" not in caplog.text
+
+
+@pytest.mark.parametrize("test_fold", [None, 1])
+def test_images_listed_for_training_stay_there(tmp_path, test_fold):
+    rows = [(f"t{i}.png", f"t{i}", "train") for i in range(6)] + [(f"o{i}.png", f"o{i}", "") for i in range(10)]
+    found = load_image_list(listed_with_splits(tmp_path, rows), preset(), test_fold=test_fold)
+    assert {f"t{i}.png" for i in range(6)} <= set(names(found.training))
+    assert len(found.validation) == 2
+    assert len(found.test) == (0 if test_fold is None else 2)
+
+
+def test_a_list_of_training_images_only_is_dealt(tmp_path):
+    rows = [(f"t{i}.png", f"t{i}", "train") for i in range(10)]
+    found = load_image_list(listed_with_splits(tmp_path, rows), preset())
+    assert (len(found.training), len(found.validation)) == (8, 2)
+
+
 def test_no_part_is_left_for_training(make):
     root = make([(name, f"p{number}") for number, name in enumerate("abcabcab")])
     message = (

@@ -6,7 +6,7 @@ from medmim.transforms.nested_masks import RandNestedMaskd
 from medmim.transforms.padding import PaddingTokensd
 from medmim.transforms.radiographs import LoadRadiographd, ResizeRadiographd
 from medmim.transforms.regions import LabelsToRegionsd, RegionsToLabelsd
-from medmim.transforms.scans import CheckScand, LoadScand, ScanError
+from medmim.transforms.scans import CheckScand, LoadScand, ScanError, rotation_ranges
 
 __all__ = [
     "CheckScand",
@@ -21,4 +21,5 @@ __all__ = [
     "ResizeRadiographd",
     "ScanError",
     "hidden_count",
+    "rotation_ranges",
 ]
