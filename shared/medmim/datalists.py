@@ -207,9 +207,19 @@ def _read_decathlon(path: Path, root: Path, labelled: bool) -> tuple[list[Item],
             if not entry.get("image") or (labelled and not entry.get("label")):
                 missing = "label" if entry.get("image") else "image"
                 raise ValueError(f"{path}: entry {index} of '{key}' has no '{missing}': {entry}")
+            _check_entry(entry, f"{path}: entry {index} of '{key}'", labelled)
             items.append(_absolute(entry, root))
         lists.append(items)
     return lists[0], lists[1]
+
+
+def _check_entry(entry: Item, place: str, labelled: bool) -> None:
+    image, label = entry["image"], entry.get("label")
+    parts = image if isinstance(image, list) else [image]
+    if not all(isinstance(part, str) and part for part in parts):
+        raise ValueError(f"{place}: image is {image!r}, expected a file, or a list of files, one for each channel")
+    if labelled and not isinstance(label, str):
+        raise ValueError(f"{place}: label is {label!r}, expected a file")
 
 
 def _read_csv(path: Path, root: Path, labelled: bool) -> list[Item]:
@@ -246,6 +256,13 @@ def _check_files(items: list[Item], labelled: bool) -> None:
     if twice:
         name = twice[0] if isinstance(twice[0], str) else twice[0][0]
         raise ValueError(f"{name}: listed {times[twice[0]]} times, {len(twice)} scans in all: list each scan once")
+    parts = Counter(part for name in times if isinstance(name, tuple) for part in name)
+    shared = [part for part, count in parts.items() if count > 1]
+    if shared:
+        raise ValueError(
+            f"{shared[0]}: listed as {parts[shared[0]]} channels, {len(shared)} files in all: a channel of a scan is a "
+            "file of its own"
+        )
     for item in items:
         images = [item["image"]] if isinstance(item["image"], str) else item["image"]
         missing += [f"{path}: no such file" for path in images if not Path(path).is_file()]

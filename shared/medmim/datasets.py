@@ -159,14 +159,14 @@ def _faults(body: Mapping[str, Any]) -> list[str]:
         faults.append(f"crop_ratio must be [foreground, background], not negative and not both 0, found {ratio!r}")
     if not _is_number(body["surface_tolerance"]) or body["surface_tolerance"] < 0:
         faults.append(f"surface_tolerance must be a number of mm, found {body['surface_tolerance']!r}")
-    names = body["channels"]
+    names, files = body["channels"], body["channel_files"]
     if not isinstance(names, list | tuple) or not names or any(not isinstance(name, str) for name in names):
         faults.append(f"channels must be a list of names, found {names!r}")
     else:
-        faults += channel_file_faults(body["channel_files"], names)
+        faults += channel_file_faults(files, names)
     if not isinstance(body["label_file"], str):
         faults.append(f"label_file must be the ending of a name, such as _seg, found {body['label_file']!r}")
-    elif body["label_file"] and body["label_file"] in body["channel_files"]:
+    elif body["label_file"] and isinstance(files, list | tuple) and body["label_file"] in files:
         faults.append(f"label_file {body['label_file']!r} is that of a channel (channel_files): give another")
     if body["classification"] is not None:
         for name, reason in (
@@ -174,7 +174,6 @@ def _faults(body: Mapping[str, Any]) -> list[str]:
             ("labels", "segmentation and classification take a preset each"),
         ):
             faults += [f"{name} cannot stand beside classification: {reason}"] if body[name] else []
-    if body["classification"] is not None:
         try:
             Classification.from_dict(body["classification"])
         except ValueError as error:
@@ -224,6 +223,7 @@ def _region_faults(regions: Any, values: set[int]) -> list[str]:
     """Regions from which a label map can be made again: a chain in which each has one value more than the next."""
     if not isinstance(regions, Mapping) or any(
         not isinstance(name, str)
+        or not name
         or not isinstance(inside, list | tuple)
         or not inside
         or not all(map(_is_whole, inside))

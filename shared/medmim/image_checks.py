@@ -160,12 +160,17 @@ def check_seen(path: str | None, split: Datalist, dataset_dir: str, preset: Pres
     """Say when pre-training may have seen the images that are kept apart here: other classes make another split.
 
     Args:
-        path: ``encoder.pt``, whose description tells its preset and what it has kept apart; nothing is said without.
+        path: ``encoder.pt``, whose description tells its preset and what it has kept apart, or a ``model.pt`` with
+            ``model.json`` beside it; nothing is said without.
         split: of this run.
         dataset_dir: folder that names are relative to.
         preset: of this run.
     """
     description = read_checkpoint(path)[1] if path else None
+    fine_tuned = Path(str(path)).with_name("model.json")
+    labelled = path and description is None and Path(str(path)).name == "model.pt" and fine_tuned.is_file()
+    if labelled:
+        description = read_description(fine_tuned)
     if description is None or idist.get_rank() > 0:
         return
     trained_on, apart = description["preset"]["name"], description.get("kept_apart")
@@ -174,8 +179,8 @@ def check_seen(path: str | None, split: Datalist, dataset_dir: str, preset: Pres
     how = "other images were kept apart" if trained_on == preset.name else "which may split the images otherwise"
     logger.warning(
         f"--pretrained_encoder {path}: pre-trained with preset {trained_on}, {how}: it may have seen those for "
-        f"validation and testing (without labels). Pre-train with --dataset {preset.name} and the same --datalist, "
-        "--fold, --folds and --test_fold to keep them apart"
+        f"validation and testing ({'with' if labelled else 'without'} labels). Train it with --dataset {preset.name} "
+        "and the same --datalist, --fold, --folds and --test_fold to keep them apart"
     )
 
 

@@ -74,7 +74,10 @@ def _read(npz: Path) -> dict[str, np.ndarray]:
             arrays = {name: file[name] for name in wanted}
     except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())[:120]
-        raise ValueError(f"{npz}: expected a .npz file of MedMNIST with {', '.join(wanted)} ({reason})") from error
+        advice = "check the path" if isinstance(error, FileNotFoundError) else "download it again"
+        raise ValueError(
+            f"{npz}: expected a .npz file of MedMNIST with {', '.join(wanted)} ({reason}): {advice}"
+        ) from error
     for part in PARTS:
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
         volumes = images.ndim == 4 and images.shape[3] != 3 and images.dtype == np.uint8  # a photograph has 3 colours
@@ -84,6 +87,9 @@ def _read(npz: Path) -> dict[str, np.ndarray]:
                 f"{labels.shape} ({labels.dtype}), expected volumes (N, H, W, D) of one channel (uint8) and the number "
                 "of a class for each: give a 3D set of MedMNIST"
             )
+        if not len(labels) or int(labels.min()) < 0:
+            found = "no volumes" if not len(labels) else f"the class {int(labels.min())}"
+            raise ValueError(f"{npz}: {part} has {found}, expected volumes with classes from 0: download it again")
     return arrays
 
 

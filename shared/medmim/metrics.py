@@ -108,19 +108,24 @@ class SegmentationScores(Metric):
             in_regions(torch.as_tensor(label), self.values).float().unsqueeze(0) for label in (prediction, reference)
         )
         dice = compute_dice(found, truth, ignore_empty=False)[0].tolist()
-        if self.surface_tolerance is not None:
-            distance = compute_hausdorff_distance(found, truth, True, percentile=95, spacing=spacing)[0].tolist()
-            tolerances = [self.surface_tolerance] * len(self.names)
-            surface = compute_surface_dice(found, truth, tolerances, True, spacing=spacing)[0].tolist()
+        counts = [
+            (int(of_truth.sum()), int(of_found.sum())) for of_truth, of_found in zip(truth[0], found[0], strict=True)
+        ]
+        both = [i for i, (n_truth, n_found) in enumerate(counts) if n_truth and n_found]
+        distance, surface = {}, {}
+        if self.surface_tolerance is not None and both:
+            pair, tolerances = (found[:, both], truth[:, both]), [self.surface_tolerance] * len(both)
+            hd95 = compute_hausdorff_distance(*pair, True, percentile=95, spacing=spacing)[0].tolist()
+            distance = dict(zip(both, hd95, strict=True))
+            surface_dice = compute_surface_dice(*pair, tolerances, True, spacing=spacing)[0].tolist()
+            surface = dict(zip(both, surface_dice, strict=True))
         rows = []
-        for i, label in enumerate(self.names):
-            n_truth, n_found = int(truth[0, i].sum()), int(found[0, i].sum())
+        for i, (label, (n_truth, n_found)) in enumerate(zip(self.names, counts, strict=True)):
             row: dict[str, Any] = {"case": name, "class": label, "dice": dice[i], "hd95_mm": "", "surface_dice": ""}
             row |= {"reference_ml": n_truth * voxel_ml, "predicted_ml": n_found * voxel_ml}
             if self.surface_tolerance is not None:
-                one_missing = (n_truth == 0) != (n_found == 0)
-                row["hd95_mm"] = diagonal if one_missing else distance[i]
-                row["surface_dice"] = 0.0 if one_missing else surface[i]
+                row["hd95_mm"] = distance.get(i, diagonal)  # where only one holds it; where neither does, see below
+                row["surface_dice"] = surface.get(i, 0.0)
             if n_truth == 0 and n_found == 0:
                 right = ABSENT if self.absent_counts else dict.fromkeys(ABSENT, float("nan"))
                 row |= {score: value for score, value in right.items() if row[score] != ""}

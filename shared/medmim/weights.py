@@ -275,7 +275,12 @@ def _fault(name: str, found: Tensor | None, value: Tensor, kind: EncoderKind, ma
     if name == kind.stem and found.shape[:1] + found.shape[2:] == value.shape[:1] + value.shape[2:]:
         adapts = may_stay or _adapt_stem(found, value.shape[1]) is not None
         channels = f"{name} takes {found.shape[1]} channels, the network {value.shape[1]}"
-        return None if adapts else f"{channels}: allow_new=[{name.removesuffix('.weight')!r}] keeps the network's own"
+        return (
+            None
+            if adapts
+            else f"{channels}: take an encoder of 1 or as many channels (in Python, allow_new="
+            f"[{name.removesuffix('.weight')!r}] keeps the network's own)"
+        )
     return f"{name} is {tuple(found.shape)}, expected {tuple(value.shape)}"
 
 

@@ -91,10 +91,11 @@ def test_what_is_missing_or_there_twice_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"^{tmp_path}/a: no a_t1ce.nii.gz: add it, or move") as error:
         find_items(tmp_path, ENDINGS)
     lines = str(error.value).split("; ")
-    assert len(lines) == 2
-    assert lines[1] == (
-        f"{tmp_path}/b: {tmp_path}/b_t2.nii and {tmp_path}/b_t2.nii.gz are one channel twice: keep one of them"
-    )
+    assert lines[1:] == [
+        f"{tmp_path}/b: {tmp_path}/b_t2.nii and {tmp_path}/b_t2.nii.gz are one channel twice: keep one of them",
+        f"names are expected to end in {', '.join(map(repr, ENDINGS))} (channel_files and label_file of the preset, in "
+        "inference --channel_files): give the endings of yours if they are others",
+    ]
     with pytest.raises(ValueError, match=f"; {tmp_path}/c: no label map c_seg.nii.gz: add it, or"):
         load_split(tmp_path, PRESET)
     assert "\n" not in str(error.value)

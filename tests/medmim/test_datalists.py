@@ -311,6 +311,43 @@ def test_entry_without_image_or_label(tmp_path, entry, missing):
         load_datalist(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"image": "a.nii", "label": 5}, "label is 5, expected a file"),
+        ({"image": "a.nii", "label": ["a.nii"]}, r"label is \['a.nii'\], expected a file"),
+        (
+            {"image": [["a.nii"], 1], "label": "a.nii"},
+            r"image is \[\['a.nii'\], 1\], expected a file, or a list of files",
+        ),
+        (
+            {"image": {"t1": "a.nii"}, "label": "a.nii"},
+            r"image is {'t1': 'a.nii'}, expected a file, or a list of files",
+        ),
+        ({"image": ["a.nii", ""], "label": "a.nii"}, r"image is \['a.nii', ''\], expected a file, or a list of files"),
+        ({"image": 7, "label": "a.nii"}, "image is 7, expected a file, or a list of files"),
+    ],
+)
+def test_entry_of_another_type(tmp_path, entry, message):
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({"training": [entry]}))
+    with pytest.raises(ValueError, match=f"^{path}: entry 0 of 'training': {message}"):
+        load_datalist(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("images", "times"),
+    [([["a", "a"], ["b", "c"], ["d", "e"]], 2), ([["a", "b"], ["a", "c"], ["a", "d"]], 3)],
+)
+def test_a_file_for_two_channels(tmp_path, images, times):
+    for name in "abcdel":
+        (tmp_path / name).touch()
+    entries = [{"image": image, "label": "l"} for image in images]
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": entries}))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/a: listed as {times} channels, 1 files in all: a channel"):
+        load_datalist(tmp_path)
+
+
 def test_empty_list(tmp_path):
     (tmp_path / "dataset.json").write_text('{"training": []}')
     with pytest.raises(ValueError, match="the list of training scans is empty"):

@@ -409,6 +409,11 @@ def test_faulty_file(tmp_path, content, message):
         ),
         ({"channel_files": "_t1"}, "channel_files must be a list of endings of names, .* found '_t1'"),
         ({"channel_files": [""]}, "channel_files must be a list of endings"),
+        (
+            {"channel_files": None, "label_file": "_seg"},
+            "channel_files must be a list of endings of names, .* found None",
+        ),
+        ({"channel_files": 3, "label_file": "_seg"}, "channel_files must be a list of endings of names, .* found 3"),
         ({"channel_files": ["_t1", "_t2"]}, "channel_files must give an ending for each of 1 channels, found"),
         ({"channel_files": ["_t1"] * 2, "channels": ["a", "b"]}, r"channel_files must differ, found \['_t1', '_t1'\]"),
         ({"label_file": None}, "label_file must be the ending of a name, such as _seg, found None"),

@@ -152,7 +152,10 @@ def test_what_is_no_such_file(tmp_path, npz, how):
         new |= {"changed": content[:300] + b"\xff" + content[301:]}  # the zip's index is whole
         new |= {"damaged": content[:60] + b"\xff" * 40 + content[100:]}
         path.write_bytes(new[how])
-    assert_refused(path, tmp_path / "data", "expected a .npz file of MedMNIST with train_images, .*[(].+[)]$")
+    advice = "check the path" if how == "missing" else "download it again"
+    assert_refused(
+        path, tmp_path / "data", f"expected a .npz file of MedMNIST with train_images, .*[(].+[)]: {advice}$"
+    )
 
 
 def assert_refused(path: Path, folder: Path, expected: str) -> None:

@@ -6,9 +6,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medmim.checks import check_scans
 from medmim.datalists import load_datalist
 from medmim.phantom import LABELS, SIZE, SPACING, phantom_case, write_phantom
+from medmim.scan_checks import check_scans
 
 
 @pytest.fixture(scope="module")

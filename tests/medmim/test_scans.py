@@ -2,13 +2,15 @@
 
 import math
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
 from monai.transforms import RandAffine
 
 from medmim.transforms import CheckScand, ScanError, rotation_ranges
-from medmim.transforms.scans import check_image, check_label
+from medmim.transforms.scans import check_image, check_label, load_scan
 
 
 def named(tensor: torch.Tensor, name: str) -> MetaTensor:
@@ -44,6 +46,40 @@ def test_not_finite_voxels_are_counted(value):
 def test_constant_image():
     with pytest.raises(ScanError, match=r"^a\.nii: constant image, each voxel is -1024: remove"):
         check_image(torch.full((1, 3, 3), -1024.0), "a.nii", 1)
+
+
+def test_constant_channel():
+    image = torch.rand(3, 3, 3)
+    image[1] = 7
+    with pytest.raises(ScanError, match=r"^a\.nii: constant channel 1 \(from 0\), each voxel is 7: remove"):
+        check_image(image, "a.nii", 3)
+
+
+def write_channels(folder, change):
+    """Three files of one channel each, of which the last is changed."""
+    volumes = [np.random.default_rng(i).random((4, 4, 4)).astype(np.float32) for i in range(3)]
+    volumes[2] = change(volumes[2])
+    paths = [folder / f"case_{i}.nii.gz" for i in range(3)]
+    for path, volume in zip(paths, volumes, strict=True):
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), path)
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: np.where(x > x.min(), x, np.nan), "1 voxels are NaN or infinite: repair or remove the file"),
+        (np.zeros_like, "constant image, each voxel is 0: remove the file"),
+        (
+            lambda x: np.stack([x, x + 1], axis=-1),
+            "2 channels, expected 1 in the file of one [(]channel_files[)]: split",
+        ),
+    ],
+)
+def test_a_fault_in_the_file_of_one_channel_names_that_file(tmp_path, change, message):
+    paths = write_channels(tmp_path, change)
+    with pytest.raises(ScanError, match=f"^{paths[2]}: {message}"):
+        load_scan(paths)
 
 
 def test_label_of_another_size():

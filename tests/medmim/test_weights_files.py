@@ -151,11 +151,11 @@ def test_windows_of_the_same_size_but_another_shape(refused, tmp_path):
 def test_channels_without_a_rule(refused):
     message = refused(vit(4), vit(2).state_dict())
     assert (
-        "patch_embedding.patch_embeddings.weight takes 2 channels, the network 4: allow_new=['patch_embedding."
-        in message
+        "patch_embedding.patch_embeddings.weight takes 2 channels, the network 4: take an encoder of 1 or as many "
+        "channels (in Python, allow_new=['patch_embedding.patch_embeddings'] keeps the network's own)" in message
     )
     message = refused(swin(4), swin(2).state_dict())
-    assert "patch_embed.proj.weight takes 2 channels, the network 4: allow_new=['patch_embed.proj'] keeps" in message
+    assert "(in Python, allow_new=['patch_embed.proj'] keeps" in message
 
 
 def test_allowed_stem_does_not_excuse_another_patch_size(refused):

@@ -43,6 +43,13 @@ def load_scan(path: str | Path | Sequence[str | Path]) -> Tensor:
 def _join(parts: Sequence[Any], paths: Sequence[str | Path]) -> Tensor:
     """One scan of the channels of several files, with the metadata of the first."""
     first = parts[0]
+    for part, path in zip(parts, paths, strict=True):
+        if part.shape[0] != 1:
+            raise ScanError(
+                f"{path}: {part.shape[0]} channels, expected 1 in the file of one (channel_files): split the file, or "
+                "choose a preset (--dataset) without channel_files"
+            )
+        check_image(part, str(path), 1)
     for part, path in zip(parts[1:], paths[1:], strict=True):
         if part.shape[1:] != first.shape[1:]:
             raise ScanError(
@@ -60,7 +67,7 @@ def _join(parts: Sequence[Any], paths: Sequence[str | Path]) -> Tensor:
 
 
 def check_image(image: Tensor, name: str, n_channels: int, spatial_dims: int | None = None) -> None:
-    """Refuse an image with a wrong number of axes or channels, NaN or infinite voxels, or one intensity only.
+    """Refuse an image with a wrong number of axes or channels, NaN or infinite voxels, or a channel of one intensity.
 
     Args:
         image: ``(C, *spatial)``.
@@ -84,8 +91,12 @@ def check_image(image: Tensor, name: str, n_channels: int, spatial_dims: int | N
     finite = torch.isfinite(image)
     if not bool(finite.all()):
         raise ScanError(f"{name}: {int((~finite).sum())} voxels are NaN or infinite: repair or remove the file")
-    if bool(image.min() == image.max()):
-        raise ScanError(f"{name}: constant image, each voxel is {float(image.min()):g}: remove the file")
+    flat = image.flatten(1)
+    constant = [i for i, same in enumerate((flat.amin(1) == flat.amax(1)).tolist()) if same]
+    if constant:
+        what = "image" if n_channels == 1 else f"channel {constant[0]} (from 0)"
+        value = float(flat[constant[0], 0])
+        raise ScanError(f"{name}: constant {what}, each voxel is {value:g}: remove the file")
 
 
 def check_label(label: Tensor, image: Tensor, name: str, values: Collection[int]) -> None:
