@@ -6,9 +6,11 @@ import logging
 import math
 
 import pytest
+import torch
 
 from medmim.datalists import Datalist
 from medmim.datasets import Preset, get_preset, get_radiograph_preset
+from medmim.description import describe, write_description
 from medmim.image_checks import (
     check_class_weights,
     check_evaluated,
@@ -214,3 +216,27 @@ def test_class_weights_that_are_none(how):
     for good in (None, "null", "balanced", [1, 2.5, 3]):
         check_class_weights(split, ABC, good)
     check_class_weights(split, get_radiograph_preset("cxr"), how)  # said by another check
+
+
+def test_a_fine_tuned_model_as_encoder_is_told(tmp_path, tiny_vit, caplog):
+    """It has learned from labelled images, which another split may keep apart."""
+    torch.save(tiny_vit(1, (16, 16), 8).state_dict(), tmp_path / "model.pt")
+    split = Datalist([{"image": f"{tmp_path}/a"}], [{"image": f"{tmp_path}/b"}], [{"image": f"{tmp_path}/c"}])
+    other = Datalist([{"image": f"{tmp_path}/c"}], [{"image": f"{tmp_path}/b"}])
+    preset = get_radiograph_preset("cxr")
+
+    def said(name: str = "model.pt") -> str:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "medmim"):
+            check_seen(str(tmp_path / name), split, str(tmp_path), preset)
+        return caplog.text
+
+    assert said() == ""  # nothing is known
+    description = describe(tiny_vit(1, (16, 16), 8), [16, 16], preset)
+    write_description(description | {"kept_apart": kept_apart(other, tmp_path)}, tmp_path / "model.json")
+    assert "it may have seen those for validation and testing (with labels)" in said()
+    (tmp_path / "model.pt").rename(tmp_path / "imported.pt")
+    assert said("imported.pt") == ""  # the description is of another file
+    (tmp_path / "imported.pt").rename(tmp_path / "model.pt")
+    write_description(description | {"kept_apart": kept_apart(split, tmp_path)}, tmp_path / "model.json")
+    assert said() == ""
