@@ -289,7 +289,6 @@ check_radiograph_preset = lists_faults(radiograph_checks.check_radiograph_preset
 check_radiographs = lists_faults(radiograph_checks.check_radiographs)
 check_resume = lists_faults(folders.check_resume)
 check_same_dataset = ends_plainly(inference_checks.check_same_dataset)
-check_task = ends_plainly(inference_checks.check_task)
 check_schedule = lists_faults(checks.check_schedule)
 check_scans = lists_faults(scan_checks.check_scans)
 check_seen = lists_faults(image_checks.check_seen)

@@ -256,13 +256,6 @@ def _check_files(items: list[Item], labelled: bool) -> None:
     if twice:
         name = twice[0] if isinstance(twice[0], str) else twice[0][0]
         raise ValueError(f"{name}: listed {times[twice[0]]} times, {len(twice)} scans in all: list each scan once")
-    parts = Counter(part for name in times if isinstance(name, tuple) for part in name)
-    shared = [part for part, count in parts.items() if count > 1]
-    if shared:
-        raise ValueError(
-            f"{shared[0]}: listed as {parts[shared[0]]} channels, {len(shared)} files in all: a channel of a scan is a "
-            "file of its own"
-        )
     for item in items:
         images = [item["image"]] if isinstance(item["image"], str) else item["image"]
         missing += [f"{path}: no such file" for path in images if not Path(path).is_file()]

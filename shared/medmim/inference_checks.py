@@ -23,6 +23,7 @@ def check_inference(
     read_scans: bool = True,
     channel_files: Any = None,
     resized: bool = False,
+    task: str | None = None,
 ) -> None:
     """Check model, output folder and scans of a prediction run.
 
@@ -34,10 +35,12 @@ def check_inference(
         channel_files: endings of the names of each channel's files, where they are files of their own; ``None`` takes
             those of the model's preset.
         resized: whether scans are resized as a whole, so that none is padded.
+        task: of the model, see :func:`check_task`.
 
     Raises:
         ValueError: one line for each fault.
     """
+    check_task(models_dir, task)
     description = read_description(Path(models_dir) / "model.json")
     if Path(output_dir).resolve() == Path(dataset_dir).resolve():
         raise ValueError(f"--output_dir {output_dir}: the folder of the scans: choose another for the results")
@@ -57,23 +60,21 @@ def check_inference(
         check_scans(items, preset, roi_size=None if resized else description["network"]["arguments"]["img_size"])
 
 
-def check_task(models_dir: str, task: str, axes: int = 3) -> None:
+def check_task(models_dir: str, task: str | None) -> None:
     """Refuse the model of another kind of bundle.
 
     Args:
         models_dir: folder with ``model.json``.
-        task: ``pretraining``, ``segmentation`` or ``classification``.
-        axes: of the images.
+        task: ``pretraining``, ``segmentation`` or ``classification``; ``None`` allows any.
 
     Raises:
         ValueError: naming what was found and what is expected.
     """
-    description = read_description(Path(models_dir) / "model.json")
-    found, found_axes = task_of(description["network"]["name"]), len(description["preset"]["roi_size"])
-    if (found, found_axes) != (task, axes):
+    found = task_of(read_description(Path(models_dir) / "model.json")["network"]["name"])
+    if task not in (None, found):
         raise ValueError(
-            f"--models_dir {models_dir}: a model of {found} in {found_axes}D, expected one of {task} in {axes}D: give "
-            "the folder of this bundle's training, or run the bundle that the model comes from"
+            f"--models_dir {models_dir}: a model of {found}, expected one of {task}: give the folder of this bundle's "
+            "training, or run the bundle that the model comes from"
         )
 
 

@@ -14,6 +14,7 @@ from medmim.description import read_description
 from medmim.folders import check_writable
 from medmim.image_checks import check_classes
 from medmim.image_lists import find_images
+from medmim.inference_checks import check_task
 from medmim.remembered_checks import check_each
 from medmim.transforms.radiographs import load_radiograph
 
@@ -52,7 +53,12 @@ def _check_radiograph(item: Item) -> dict[str, Any]:
 
 
 def check_image_inference(
-    models_dir: str, dataset_dir: str, output_dir: str, check_scans: Any = True, one_file_each: bool = False
+    models_dir: str,
+    dataset_dir: str,
+    output_dir: str,
+    check_scans: Any = True,
+    one_file_each: bool = False,
+    task: str | None = None,
 ) -> None:
     """Check model, output folder and images of a prediction run.
 
@@ -62,10 +68,12 @@ def check_image_inference(
         output_dir: folder that must be writable; it is made.
         check_scans: whether to read each image.
         one_file_each: whether a file is written for each image, named like it but for the ending.
+        task: of the model, see :func:`medmim.inference_checks.check_task`.
 
     Raises:
         ValueError: one line for each fault.
     """
+    check_task(models_dir, task)
     read_description(Path(models_dir) / "model.json")
     if Path(output_dir).resolve() == Path(dataset_dir).resolve():
         raise ValueError(f"--output_dir {output_dir}: the folder of the images: choose another for the results")

@@ -154,7 +154,7 @@ def test_an_encoder_of_one_channel(pretrained: Path, run_bundle: Run, tmp_path: 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("missing", r"images/head_001: no head_001_t1c\.nii\.gz: add it, or move the case's files away$"),
+        ("missing", r"images/head_001: no head_001_t1c\.nii\.gz: add it, or move the case's files away;"),
         ("grid", r"images/head_001_t1c\.nii\.gz: \(60, 64, 48\) voxels, but .*head_001_fla\.nii\.gz, a channel of the"),
         ("endings", r"^error: --channel_files \['_t1'\]: channel_files must give an ending for each of 4 channels"),
         ("channels", r"head_000_fla\.nii\.gz: 1 channels, expected 4"),

@@ -335,19 +335,6 @@ def test_entry_of_another_type(tmp_path, entry, message):
         load_datalist(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("images", "times"),
-    [([["a", "a"], ["b", "c"], ["d", "e"]], 2), ([["a", "b"], ["a", "c"], ["a", "d"]], 3)],
-)
-def test_a_file_for_two_channels(tmp_path, images, times):
-    for name in "abcdel":
-        (tmp_path / name).touch()
-    entries = [{"image": image, "label": "l"} for image in images]
-    (tmp_path / "dataset.json").write_text(json.dumps({"training": entries}))
-    with pytest.raises(ValueError, match=f"^{tmp_path}/a: listed as {times} channels, 1 files in all: a channel"):
-        load_datalist(tmp_path)
-
-
 def test_empty_list(tmp_path):
     (tmp_path / "dataset.json").write_text('{"training": []}')
     with pytest.raises(ValueError, match="the list of training scans is empty"):
