@@ -70,8 +70,10 @@ def check_task(models_dir: str, task: str | None) -> None:
     Raises:
         ValueError: naming what was found and what is expected.
     """
+    if task is None:
+        return
     found = task_of(read_description(Path(models_dir) / "model.json")["network"]["name"])
-    if task not in (None, found):
+    if task != found:
         raise ValueError(
             f"--models_dir {models_dir}: a model of {found}, expected one of {task}: give the folder of this bundle's "
             "training, or run the bundle that the model comes from"
