@@ -66,10 +66,9 @@ def group_channels(
         more = f" (and {len(faults) - LISTED} more)" if len(faults) > LISTED else ""
         wanted = [*endings, *([] if label_ending is None else [label_ending])]
         raise ValueError(
-            "; ".join(faults[:LISTED])
-            + more
-            + f"; names are expected to end in {', '.join(map(repr, wanted))} (channel_files and "
-            "label_file of the preset, in inference --channel_files): give the endings of yours if they are others"
+            f"{'; '.join(faults[:LISTED])}{more}; names are expected to end in {', '.join(map(repr, wanted))} "
+            "(channel_files and label_file of the preset, in inference --channel_files): give the endings of yours if "
+            "they are others"
         )
     return items
 

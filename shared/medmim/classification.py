@@ -37,10 +37,8 @@ def class_weights(
         numbers = how if isinstance(how, list | tuple) else []
         good = all(isinstance(n, int | float) and not isinstance(n, bool) and 0 < n < inf for n in numbers)
         if len(numbers) != len(outputs) or not good:
-            raise ValueError(
-                f"--class_weights {how}: expected null, balanced, or {len(outputs)} numbers above 0, for "
-                f"{', '.join(outputs)}"
-            )
+            numbers_of = f"{len(outputs)} number{'s' * (len(outputs) > 1)} above 0, for {', '.join(outputs)}"
+            raise ValueError(f"--class_weights {how}: expected null, balanced, or {numbers_of}")
         return [float(number) for number in numbers]
     labels = torch.tensor([item["label"] for item in items])
     present, absent = (labels == 1).sum(0), (labels == 0).sum(0)

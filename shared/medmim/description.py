@@ -135,11 +135,14 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {kind.name: kind.build for kind 
 }
 
 
-def task_of(network: str) -> str:
-    """Kind of bundle that trains a network of this name: ``pretraining``, ``segmentation`` or ``classification``."""
-    if network == "FeatureExtractor":
-        return "pretraining"
-    return "classification" if network.endswith("Classifier") else "segmentation"
+TASKS = {  # kind of bundle that writes a model.pt of each network
+    "FeatureExtractor": "pretraining",
+    "UNETR": "segmentation",
+    "SwinUNETR": "segmentation",
+    "ConvViTUNETR": "segmentation",
+    "ViTClassifier": "classification",
+    "ConvViTClassifier": "classification",
+}
 
 
 def build_network(description: dict[str, Any]) -> nn.Module:

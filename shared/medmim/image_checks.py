@@ -14,7 +14,7 @@ from medmim.checks import is_number, is_whole
 from medmim.classification import class_weights
 from medmim.datalists import Datalist, Item
 from medmim.datasets import Preset, get_preset
-from medmim.description import read_description
+from medmim.description import TASKS, read_description
 from medmim.folders import writable_faults
 from medmim.image_lists import load_image_list
 from medmim.image_splits import kept_apart
@@ -166,22 +166,28 @@ def check_seen(path: str | None, split: Datalist, dataset_dir: str, preset: Pres
         dataset_dir: folder that names are relative to.
         preset: of this run.
     """
-    description = read_checkpoint(path)[1] if path else None
-    fine_tuned = Path(str(path)).with_name("model.json")
-    labelled = path and description is None and Path(str(path)).name == "model.pt" and fine_tuned.is_file()
-    if labelled:
-        description = read_description(fine_tuned)
+    description = _describe_weights(Path(path)) if path else None
     if description is None or idist.get_rank() > 0:
         return
     trained_on, apart = description["preset"]["name"], description.get("kept_apart")
     if trained_on == preset.name and apart in (None, kept_apart(split, dataset_dir)):
         return
     how = "other images were kept apart" if trained_on == preset.name else "which may split the images otherwise"
+    labels = "with" if TASKS.get(description["network"]["name"]) == "classification" else "without"
     logger.warning(
-        f"--pretrained_encoder {path}: pre-trained with preset {trained_on}, {how}: it may have seen those for "
-        f"validation and testing ({'with' if labelled else 'without'} labels). Train it with --dataset {preset.name} "
+        f"--pretrained_encoder {path}: trained with preset {trained_on}, {how}: it may have seen those for "
+        f"validation and testing ({labels} labels). Train it with --dataset {preset.name} "
         "and the same --datalist, --fold, --folds and --test_fold to keep them apart"
     )
+
+
+def _describe_weights(path: Path) -> dict[str, Any] | None:
+    """Description inside a file of weights or, of a ``model.pt``, that in ``model.json`` beside it."""
+    description = read_checkpoint(path)[1]
+    beside = path.with_name("model.json")
+    if description is None and path.name == "model.pt" and beside.is_file():
+        return read_description(beside)
+    return description
 
 
 def check_class_weights(split: Datalist, preset: Preset, how: Any) -> None:

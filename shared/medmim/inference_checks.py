@@ -9,11 +9,36 @@ from typing import Any
 
 from medmim.datalists import find_items
 from medmim.datasets import channel_file_faults
-from medmim.description import read_description, read_preset, task_of
+from medmim.description import TASKS, read_description, read_preset
 from medmim.folders import check_writable
 from medmim.scan_checks import check_scans
 
 logger = logging.getLogger(__name__)
+
+
+def read_model(models_dir: str, dataset_dir: str, output_dir: str, task: str | None = None) -> dict[str, Any]:
+    """Description of the model of a prediction run, whose results must not go where the images are.
+
+    Args:
+        models_dir: folder with ``model.json``.
+        dataset_dir: folder of the images.
+        output_dir: of the results.
+        task: that the model must have been trained for, ``pretraining``, ``segmentation`` or ``classification``;
+            ``None`` allows any.
+
+    Raises:
+        ValueError: naming the knob, what was found and what is expected.
+    """
+    description = read_description(Path(models_dir) / "model.json")
+    name = description["network"]["name"]
+    if task not in (None, TASKS.get(name)):
+        raise ValueError(
+            f"--models_dir {models_dir}: a {name}, a model of {TASKS.get(name, 'an unknown task')}, expected one of "
+            f"{task}: give the folder of this bundle's training, or run the bundle that the model comes from"
+        )
+    if Path(output_dir).resolve() == Path(dataset_dir).resolve():
+        raise ValueError(f"--output_dir {output_dir}: the folder of the data: choose another for the results")
+    return description
 
 
 def check_inference(
@@ -35,15 +60,12 @@ def check_inference(
         channel_files: endings of the names of each channel's files, where they are files of their own; ``None`` takes
             those of the model's preset.
         resized: whether scans are resized as a whole, so that none is padded.
-        task: of the model, see :func:`check_task`.
+        task: of the model, see :func:`read_model`.
 
     Raises:
         ValueError: one line for each fault.
     """
-    check_task(models_dir, task)
-    description = read_description(Path(models_dir) / "model.json")
-    if Path(output_dir).resolve() == Path(dataset_dir).resolve():
-        raise ValueError(f"--output_dir {output_dir}: the folder of the scans: choose another for the results")
+    description = read_model(models_dir, dataset_dir, output_dir, task)
     preset = read_preset(description)
     channel_files = preset.channel_files if channel_files is None else channel_files
     faults = channel_file_faults(channel_files, preset.channels)
@@ -58,26 +80,6 @@ def check_inference(
     logger.info(f"{len(items)} scans from {dataset_dir}")
     if read_scans:
         check_scans(items, preset, roi_size=None if resized else description["network"]["arguments"]["img_size"])
-
-
-def check_task(models_dir: str, task: str | None) -> None:
-    """Refuse the model of another kind of bundle.
-
-    Args:
-        models_dir: folder with ``model.json``.
-        task: ``pretraining``, ``segmentation`` or ``classification``; ``None`` allows any.
-
-    Raises:
-        ValueError: naming what was found and what is expected.
-    """
-    if task is None:
-        return
-    found = task_of(read_description(Path(models_dir) / "model.json")["network"]["name"])
-    if task != found:
-        raise ValueError(
-            f"--models_dir {models_dir}: a model of {found}, expected one of {task}: give the folder of this bundle's "
-            "training, or run the bundle that the model comes from"
-        )
 
 
 def check_same_dataset(dataset: Any, description: dict[str, Any]) -> None:

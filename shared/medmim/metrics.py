@@ -111,26 +111,30 @@ class SegmentationScores(Metric):
         counts = [
             (int(of_truth.sum()), int(of_found.sum())) for of_truth, of_found in zip(truth[0], found[0], strict=True)
         ]
-        both = [i for i, (n_truth, n_found) in enumerate(counts) if n_truth and n_found]
-        distance, surface = {}, {}
-        if self.surface_tolerance is not None and both:
-            pair, tolerances = (found[:, both], truth[:, both]), [self.surface_tolerance] * len(both)
-            hd95 = compute_hausdorff_distance(*pair, True, percentile=95, spacing=spacing)[0].tolist()
-            distance = dict(zip(both, hd95, strict=True))
-            surface_dice = compute_surface_dice(*pair, tolerances, True, spacing=spacing)[0].tolist()
-            surface = dict(zip(both, surface_dice, strict=True))
+        surfaces = self._surface_scores(found, truth, spacing)
         rows = []
         for i, (label, (n_truth, n_found)) in enumerate(zip(self.names, counts, strict=True)):
             row: dict[str, Any] = {"case": name, "class": label, "dice": dice[i], "hd95_mm": "", "surface_dice": ""}
             row |= {"reference_ml": n_truth * voxel_ml, "predicted_ml": n_found * voxel_ml}
             if self.surface_tolerance is not None:
-                row["hd95_mm"] = distance.get(i, diagonal)  # where only one holds it; where neither does, see below
-                row["surface_dice"] = surface.get(i, 0.0)
+                row["hd95_mm"], row["surface_dice"] = surfaces.get(i, (diagonal, 0.0))  # one misses it
             if n_truth == 0 and n_found == 0:
                 right = ABSENT if self.absent_counts else dict.fromkeys(ABSENT, float("nan"))
                 row |= {score: value for score, value in right.items() if row[score] != ""}
             rows.append(row)
         return rows
+
+    def _surface_scores(
+        self, found: torch.Tensor, truth: torch.Tensor, spacing: Sequence[float]
+    ) -> dict[int, tuple[float, float]]:
+        """HD95 and surface Dice of each region that both ``(1, R, *spatial)`` hold, by its number."""
+        both = (found.flatten(2).any(2) & truth.flatten(2).any(2))[0].nonzero()[:, 0].tolist()
+        if self.surface_tolerance is None or not both:
+            return {}
+        pair = found[:, both], truth[:, both]
+        distances = compute_hausdorff_distance(*pair, True, percentile=95, spacing=spacing)[0].tolist()
+        shares = compute_surface_dice(*pair, [self.surface_tolerance] * len(both), True, spacing=spacing)[0].tolist()
+        return dict(zip(both, zip(distances, shares, strict=True), strict=True))
 
 
 def case_mean(rows: Sequence[Mapping[str, Any]], score: str) -> float:

@@ -10,11 +10,11 @@ from typing import Any
 
 from medmim.datalists import Datalist, Item
 from medmim.datasets import Preset, get_radiograph_preset
-from medmim.description import read_description
+from medmim.description import read_preset
 from medmim.folders import check_writable
 from medmim.image_checks import check_classes
 from medmim.image_lists import find_images
-from medmim.inference_checks import check_task
+from medmim.inference_checks import read_model
 from medmim.remembered_checks import check_each
 from medmim.transforms.radiographs import load_radiograph
 
@@ -68,15 +68,17 @@ def check_image_inference(
         output_dir: folder that must be writable; it is made.
         check_scans: whether to read each image.
         one_file_each: whether a file is written for each image, named like it but for the ending.
-        task: of the model, see :func:`medmim.inference_checks.check_task`.
+        task: of the model, see :func:`medmim.inference_checks.read_model`.
 
     Raises:
         ValueError: one line for each fault.
     """
-    check_task(models_dir, task)
-    read_description(Path(models_dir) / "model.json")
-    if Path(output_dir).resolve() == Path(dataset_dir).resolve():
-        raise ValueError(f"--output_dir {output_dir}: the folder of the images: choose another for the results")
+    axes = len(read_preset(read_model(models_dir, dataset_dir, output_dir, task)).roi_size)
+    if axes != 2:
+        raise ValueError(
+            f"--models_dir {models_dir}: a model for images of {axes} axes, expected one for radiographs, of 2: give "
+            "the folder of this bundle's training, or run the bundle that the model comes from"
+        )
     check_writable(output_dir, results=True)
     items = find_images(dataset_dir)
     twice = [name for name, n in Counter(Path(item["image"]).with_suffix("") for item in items).items() if n > 1]

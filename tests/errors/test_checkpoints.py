@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.common import CONVVIT_CT, MAE, MIM, UNETR, VIT_CXR, both, models_of, spoil
+from tests.common import CONVVIT_CT, MAE, MAE_CXR, MIM, UNETR, VIT_CXR, both, models_of, spoil
 
 
 @pytest.mark.parametrize(
@@ -112,12 +112,13 @@ def test_evaluation_with_other_knobs_than_training(one_line: Callable, pretraine
 @pytest.mark.parametrize(
     ("bundle", "model", "found"),
     [
-        (UNETR, "pretrained", "a model of pretraining, expected one of segmentation"),
-        (MAE, "finetuned", "a model of segmentation, expected one of pretraining"),
-        (MIM, "finetuned", "a model of segmentation, expected one of pretraining"),
-        (CONVVIT_CT, "finetuned", "a model of segmentation, expected one of classification"),
-        (CONVVIT_CT, "pretrained_cxr", "a model of pretraining, expected one of classification"),
-        (VIT_CXR, "pretrained_cxr", "a model of pretraining, expected one of classification"),
+        (UNETR, "pretrained", "a FeatureExtractor, a model of pretraining, expected one of segmentation"),
+        (MAE, "finetuned", "a UNETR, a model of segmentation, expected one of pretraining"),
+        (MIM, "finetuned", "a UNETR, a model of segmentation, expected one of pretraining"),
+        (CONVVIT_CT, "finetuned", "a UNETR, a model of segmentation, expected one of classification"),
+        (CONVVIT_CT, "pretrained_cxr", "a FeatureExtractor, a model of pretraining, expected one of classification"),
+        (VIT_CXR, "pretrained_cxr", "a FeatureExtractor, a model of pretraining, expected one of classification"),
+        (MAE_CXR, "pretrained", "a model for images of 3 axes, expected one for radiographs, of 2"),
     ],
 )
 def test_model_of_another_kind_of_bundle_for_inference(

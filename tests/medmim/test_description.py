@@ -9,6 +9,8 @@ from monai.networks.nets.swin_unetr import PatchMerging, SwinTransformer
 
 from medmim.datasets import preset_table
 from medmim.description import (
+    BUILDERS,
+    TASKS,
     build_network,
     check_version,
     describe,
@@ -18,8 +20,10 @@ from medmim.description import (
     read_preset,
     write_description,
 )
+from medmim.encoders import KINDS
 from medmim.networks import UNETR, FeatureExtractor, MaskedAutoencoder
 from medmim.version import FORMAT_VERSION, __version__
+from tests.common import FILES as ALL
 
 SMALL = {"hidden_size": 24, "mlp_dim": 32, "num_layers": 4, "num_heads": 3, "qkv_bias": True}
 
@@ -151,3 +155,10 @@ def test_swin_of_another_make_is_not_described():
     swin = SwinTransformer(window_size=[2, 2], patch_size=[2, 2], spatial_dims=2, downsample=Merging, **SWIN)
     with pytest.raises(ValueError, match="cannot describe a SwinTransformer with Hyena blocks, or with a downsampling"):
         describe_network(swin, (16, 16))
+
+
+def test_each_network_of_a_model_has_a_task():
+    encoders = {kind.name for kind in KINDS}
+    assert TASKS.keys() == BUILDERS.keys() - encoders
+    written = {"pretraining", "segmentation", "classification"}
+    assert set(TASKS.values()) == {name.rsplit("_", 1)[1] for name in ALL} == written

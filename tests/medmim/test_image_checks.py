@@ -20,6 +20,7 @@ from medmim.image_checks import (
 )
 from medmim.image_lists import find_radiographs
 from medmim.image_splits import kept_apart
+from medmim.networks import ViTClassifier
 from medmim.weights import save_encoder
 
 BODY = {"channels": ["X-ray"], "roi_size": [8, 8], "patch_size": 4, "z_score": "all"}
@@ -199,8 +200,8 @@ def test_encoder_of_another_preset_is_told(tmp_path, tiny_vit, caplog):
 
     assert said(None, cxr) == ""  # a file of an earlier version
     assert said(kept_apart(split, tmp_path), cxr) == ""
-    assert "pre-trained with preset cxr, other images were kept apart: it may" in said(kept_apart(other, tmp_path), cxr)
-    assert "pre-trained with preset cxr, which may split the images otherwise" in said(None, cxr14)
+    assert "trained with preset cxr, other images were kept apart: it may" in said(kept_apart(other, tmp_path), cxr)
+    assert "trained with preset cxr, which may split the images otherwise" in said(None, cxr14)
     caplog.clear()
     check_seen(None, split, str(tmp_path), cxr14)
     assert caplog.text == ""
@@ -220,7 +221,7 @@ def test_class_weights_that_are_none(how):
 
 def test_a_fine_tuned_model_as_encoder_is_told(tmp_path, tiny_vit, caplog):
     """It has learned from labelled images, which another split may keep apart."""
-    torch.save(tiny_vit(1, (16, 16), 8).state_dict(), tmp_path / "model.pt")
+    torch.save(tiny_vit(1, (16, 16), 8).state_dict(), tmp_path / "model.pt")  # what it holds does not matter
     split = Datalist([{"image": f"{tmp_path}/a"}], [{"image": f"{tmp_path}/b"}], [{"image": f"{tmp_path}/c"}])
     other = Datalist([{"image": f"{tmp_path}/c"}], [{"image": f"{tmp_path}/b"}])
     preset = get_radiograph_preset("cxr")
@@ -232,7 +233,8 @@ def test_a_fine_tuned_model_as_encoder_is_told(tmp_path, tiny_vit, caplog):
         return caplog.text
 
     assert said() == ""  # nothing is known
-    description = describe(tiny_vit(1, (16, 16), 8), [16, 16], preset)
+    network = ViTClassifier(1, 2, (16, 16), 8, hidden_size=24, mlp_dim=48, num_layers=1, num_heads=2, spatial_dims=2)
+    description = describe(network, [16, 16], preset)
     write_description(description | {"kept_apart": kept_apart(other, tmp_path)}, tmp_path / "model.json")
     assert "it may have seen those for validation and testing (with labels)" in said()
     (tmp_path / "model.pt").rename(tmp_path / "imported.pt")

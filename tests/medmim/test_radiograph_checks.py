@@ -10,8 +10,10 @@ from PIL import Image
 
 from medmim import radiograph_checks
 from medmim.datasets import Preset, get_radiograph_preset
+from medmim.description import describe, write_description
 from medmim.image_checks import check_image_data
 from medmim.image_lists import load_image_list
+from medmim.networks import ViTClassifier
 from medmim.phantom_radiographs import FINDINGS, phantom_radiograph, write_phantom_radiographs
 from medmim.radiograph_checks import check_image_inference, check_radiograph_preset, check_radiographs
 from medmim.transforms import ScanError
@@ -92,19 +94,22 @@ def test_only_new_and_changed_radiographs_are_read_again(images, tmp_path, reads
     assert len(reads) == 18
 
 
-def test_before_a_prediction(images, tmp_path, monkeypatch):
+def test_before_a_prediction(images, tmp_path):
     root, out = images({"a": 2}), tmp_path / "out"
     with pytest.raises(ValueError, match=r"model\.json"):
         check_image_inference(str(tmp_path), str(root), str(out))
-    monkeypatch.setattr(radiograph_checks, "read_description", lambda path: {})
+    network = ViTClassifier(1, 2, (16, 16), 8, hidden_size=24, mlp_dim=48, num_layers=1, num_heads=2, spatial_dims=2)
+    write_description(describe(network, [16, 16], get_radiograph_preset("cxr")), tmp_path / "model.json")
     check_image_inference(str(tmp_path), str(root), str(out))
     assert (out / ".medmim_results").is_file()
-    with pytest.raises(ValueError, match=f"^--output_dir {root}: the folder of the images: choose another"):
+    with pytest.raises(ValueError, match=f"^--output_dir {root}: the folder of the data: choose another"):
         check_image_inference(str(tmp_path), str(root), str(root))
     (root / "a" / "1.png").write_bytes(b"broken")
     with pytest.raises(ScanError, match=f"^{root}/a/1.png: not readable"):
         check_image_inference(str(tmp_path), str(root), str(out))
-    check_image_inference(str(tmp_path), str(root), str(out), check_scans=False)
+    check_image_inference(str(tmp_path), str(root), str(out), check_scans=False, task="classification")
+    with pytest.raises(ValueError, match=f"^--models_dir {tmp_path}: a ViTClassifier, a model of classification, exp"):
+        check_image_inference(str(tmp_path), str(root), str(out), task="pretraining")
 
 
 def test_phantom_is_the_same_for_the_same_seed():

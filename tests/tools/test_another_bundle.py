@@ -8,9 +8,11 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
+import yaml
 from monai.bundle import ConfigWorkflow
 from monai.utils import set_determinism
 
+from medmim.datasets import Preset
 from tests.common import BUNDLES, TINY, UNETR
 from tools import configs
 
@@ -21,7 +23,7 @@ CONTRIBUTING = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The example's bundle, beside a copy of the templates."""
-    shutil.copytree(configs.TEMPLATES, tmp_path / "templates")
+    shutil.copytree(configs.TEMPLATES, tmp_path / "templates", ignore=shutil.ignore_patterns(NAME))
     own = tmp_path / "templates" / NAME
     shutil.copytree(configs.TEMPLATES / UNETR, own)
     example = re.search(r"^ +```\n( +{% extends.*?)\n +```$", CONTRIBUTING.read_text("utf-8"), re.DOTALL | re.MULTILINE)
@@ -57,3 +59,11 @@ def test_it_trains_and_evaluates(bundle: Path, phantom_dir: Path, coarse_preset:
     assert (len(network.vit.blocks), len(network.vit.norm.weight)) == (4, 96)  # the example's knobs
     assert (tmp_path / "models" / "model.pt").is_file()
     assert (tmp_path / "output" / "scores.csv").stat().st_size > 0
+
+
+def test_presets_of_the_example() -> None:
+    example = re.search(r"^```yaml\n(.*?)^```$", CONTRIBUTING.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    assert example is not None
+    presets = {name: Preset.from_dict(name, body) for name, body in yaml.safe_load(example.group(1)).items()}
+    assert presets["kits23"].label_values == [0, 1, 2, 3]
+    assert presets["emphysema"].classification is not None

@@ -6,7 +6,8 @@ from medmim.transforms.nested_masks import RandNestedMaskd
 from medmim.transforms.padding import PaddingTokensd
 from medmim.transforms.radiographs import LoadRadiographd, ResizeRadiographd
 from medmim.transforms.regions import LabelsToRegionsd, RegionsToLabelsd
-from medmim.transforms.scans import CheckScand, LoadScand, ScanError, rotation_ranges
+from medmim.transforms.rotation import rotation_ranges
+from medmim.transforms.scans import CheckScand, LoadScand, ScanError
 
 __all__ = [
     "CheckScand",

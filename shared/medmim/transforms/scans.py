@@ -214,21 +214,3 @@ class CheckScand(MapTransform):
 
 def _file_of(tensor: Tensor, default: str) -> str:
     return str(getattr(tensor, "meta", {}).get("filename_or_obj", default))
-
-
-def rotation_ranges(rotation: float, size: Sequence[int]) -> list[float]:
-    """Largest angle about each axis of a scan that was resized to ``size``, for ``RandAffined``, which turns voxels.
-
-    A scan of 384 x 384 x 32 voxels is about as long along each axis, in mm. To turn it out of its slices by an angle
-    moves voxels across fewer of them, and so does this: the angle is that of the shorter of both axes of the plane to
-    the longer one. In a plane of equal sizes it stays as it is.
-
-    Args:
-        rotation: radians.
-        size: voxels along each axis, 2 or 3.
-
-    Returns:
-        Radians: one for each axis of rotation of a volume, one for an image.
-    """
-    planes = [(1, 2), (0, 2), (0, 1)] if len(size) == 3 else [(0, 1)]
-    return [rotation * min(size[i], size[j]) / max(size[i], size[j]) for i, j in planes]
