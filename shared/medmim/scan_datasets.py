@@ -8,6 +8,7 @@ import os
 import pickle
 from collections.abc import Sequence
 from copy import deepcopy
+from enum import Enum
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai import __version__ as monai_version
-from monai.data import CacheDataset, Dataset, PersistentDataset
+from monai.data import CacheDataset, Dataset, MetaTensor, PersistentDataset
 from monai.transforms import Compose
-from monai.utils import convert_to_tensor, enums
+from monai.utils import convert_to_tensor
 
 from medmim.datalists import Item
 from medmim.datasets import Preset
@@ -31,10 +32,10 @@ from medmim.version import __version__
 logger = logging.getLogger(__name__)
 
 CACHES = ("memory", "disk", "none")
-# MetaTensors carry arrays and MONAI's enumerations, which torch.load(weights_only=True) reads only when told so
+# MetaTensors carry arrays, which torch.load(weights_only=True) reads only when told so
 NUMPY: Any = np
 META_TYPES: list[Any] = [NUMPY._core.multiarray._reconstruct, np.ndarray, np.dtype]
-META_TYPES += [value for module in (np.dtypes, enums) for value in vars(module).values() if isinstance(value, type)]
+META_TYPES += [value for value in vars(np.dtypes).values() if isinstance(value, type)]
 
 
 class SeededDataset(torch.utils.data.Dataset):
@@ -84,9 +85,25 @@ class DiskCacheDataset(PersistentDataset):
             except Exception as error:  # torch raises anything over a damaged file
                 logger.warning(f"{path}: not readable ({type(error).__name__}), made again")
         item = self._pre_transform(deepcopy(item_transformed))
-        item = convert_to_tensor(item, convert_numeric=False, track_meta=True)
+        item = _without_enums(convert_to_tensor(item, convert_numeric=False, track_meta=True))
         save_tensors(path, item)
         return item
+
+
+def _without_enums(value: Any) -> Any:
+    """The same with the values of MONAI's enumerations, which are strings, in place of them: Python 3.11.2 pickles a
+    member as a call of ``getattr``, which ``torch.load(weights_only=True)`` refuses.
+    """
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, MetaTensor):
+        value.meta = _without_enums(value.meta)
+        value.applied_operations = _without_enums(value.applied_operations)
+    if isinstance(value, dict):
+        return {_without_enums(key): _without_enums(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_without_enums(inner) for inner in value)
+    return value
 
 
 def make_dataset(
